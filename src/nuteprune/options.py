@@ -1,0 +1,72 @@
+"""Command-line options made from `PruneConfig`: every field is declared once, there."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from nuteprune.config import RECIPES, PruneConfig, flag
+
+
+def config_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command one option for each field of `PruneConfig` but `model`.
+
+    The command takes its own parameters and `**options`, the fields that the user gave.
+    """
+    own = [
+        p for p in inspect.signature(command, eval_str=True).parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD
+    ]
+    made = [_parameter(f) for f in dataclasses.fields(PruneConfig) if f.name != "model"]
+
+    def wrapper(**values: Any) -> None:
+        mine = {p.name: values.pop(p.name) for p in own}
+        command(**mine, **{k: v for k, v in values.items() if v is not None and v != []})
+
+    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + made
+    wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    wrapper.__annotations__ = {p.name: p.annotation for p in parameters}
+    wrapper.__name__, wrapper.__doc__ = command.__name__, command.__doc__
+    return wrapper
+
+
+def _parameter(field: dataclasses.Field[Any]) -> inspect.Parameter:
+    """The option of a field: a value that is None unless given, so that recipe and file keep theirs."""
+    name, kind = flag(field.name), str(field.type)
+    value_type: Any
+    declared: tuple[str, ...] = (name,)
+    if kind == "bool":
+        value_type, declared = bool, (f"{name}/--no-{name[2:]}",)
+    elif field.name == "data":
+        value_type = list[str]
+    elif kind.startswith("int"):
+        value_type = int
+    elif kind.startswith("float"):
+        value_type = float
+    else:
+        value_type = str
+    option = typer.Option(*declared, help=_help(field), rich_help_panel=field.metadata["panel"], show_default=False)
+    return inspect.Parameter(
+        field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[value_type | None, option]
+    )
+
+
+def _help(field: dataclasses.Field[Any]) -> str:
+    """Help text, default and its source, and the paper recipe's value where it differs."""
+    text = f"{field.metadata['help']} Default: {_shown(field.default)} ({field.metadata['source']})."
+    if field.name in RECIPES["paper"] and _shown(RECIPES["paper"][field.name]) != _shown(field.default):
+        text += f" Recipe paper: {_shown(RECIPES['paper'][field.name])}."
+    return text
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ",".join(_shown(v) for v in value)
+    if value is None:
+        return "not set"
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
