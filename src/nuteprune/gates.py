@@ -1,0 +1,184 @@
+"""Learned gates: one real number, log_alpha, per unit, and two ways to turn it into a mask value.
+
+`HardConcrete` samples (Louizos et al. 2018, the paper's gate); `Deterministic` does not. `GateSet` holds the parameters
+of all unit kinds; `discretise` turns them into masks of exactly an asked size.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from nuteprune.arch import Arch
+from nuteprune.masks import KINDS, Masks, unit_shapes
+from nuteprune.sparsity import Unit
+
+BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1  # Louizos et al. 2018; the paper keeps them
+OPEN = math.log(0.99 / 0.01)  # log_alpha of a gate that drops with probability 0.01: the original's droprate_init
+LOG_ALPHA_RANGE = (math.log(1e-2), math.log(1e2))  # the original clamps to it
+
+
+class Gate(Protocol):
+    """How log_alpha becomes a mask value. All tensors keep their shape."""
+
+    open: float
+
+    def sample(self, log_alpha: Tensor, generator: torch.Generator) -> Tensor:
+        """Mask values for a training step, in [0, 1], differentiable."""
+
+    def keep(self, log_alpha: Tensor) -> Tensor:
+        """Share of each unit that counts towards the expected size, in [0, 1], differentiable."""
+
+    def value(self, log_alpha: Tensor) -> Tensor:
+        """Mask values without noise, in [0, 1]."""
+
+    def anneal(self, progress: float) -> None:
+        """Tells how much of the gates' training is done, 0 to 1."""
+
+    def clamp_(self, log_alpha: Tensor) -> None:
+        """Keeps a parameter in its allowed range, in place."""
+
+
+class HardConcrete:
+    """s = sigmoid((log u - log(1-u) + log_alpha) / beta), z = clamp(s (zeta - gamma) + gamma, 0, 1) with u ~ U(0, 1)."""
+
+    open = OPEN
+
+    def sample(self, log_alpha: Tensor, generator: torch.Generator) -> Tensor:
+        """One draw of z; the noise comes from the CPU generator, so that every device draws the same."""
+        u = torch.rand(log_alpha.shape, generator=generator).clamp_(1e-6, 1 - 1e-6).to(log_alpha.device)
+        s = torch.sigmoid((u.log() - (1 - u).log() + log_alpha) / BETA)
+        return (s * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
+
+    def keep(self, log_alpha: Tensor) -> Tensor:
+        """P(z > 0) = sigmoid(log_alpha - beta log(-gamma / zeta))."""
+        return torch.sigmoid(log_alpha - BETA * math.log(-GAMMA / ZETA))
+
+    def value(self, log_alpha: Tensor) -> Tensor:
+        """Z without noise: clamp(sigmoid(log_alpha) (zeta - gamma) + gamma, 0, 1)."""
+        return (torch.sigmoid(log_alpha) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
+
+    def anneal(self, progress: float) -> None:
+        """The distribution does not change."""
+
+    def clamp_(self, log_alpha: Tensor) -> None:
+        """[log 1e-2, log 1e2], as the original."""
+        log_alpha.clamp_(*LOG_ALPHA_RANGE)
+
+
+class Deterministic:
+    """r = clamp(1.2 sigmoid(2.4 a / mu) - 0.1, 0, 1): a soft band of half-width mu that narrows as training goes on.
+
+    The retention score of arXiv 2603.08065 with the origin moved to the middle of its band. r is both the mask and the
+    share that counts, so size and function never disagree. r is flat outside the band; in the backward pass a sigmoid
+    of width 1 takes its place (straight-through), so that units far from the threshold go on learning.
+
+    Args:
+        start: mu at the start.
+        end: mu when the gates' training ends; mu shrinks with the square root of progress.
+    """
+
+    def __init__(self, start: float, end: float) -> None:
+        self._start, self._end = start, end
+        self.open = start
+        self.mu = start
+
+    def sample(self, log_alpha: Tensor, generator: torch.Generator) -> Tensor:
+        """r; nothing is drawn."""
+        return self.keep(log_alpha)
+
+    def keep(self, log_alpha: Tensor) -> Tensor:
+        """r, with the gradient of sigmoid(a)."""
+        smooth = torch.sigmoid(log_alpha)
+        return smooth + (self.value(log_alpha) - smooth).detach()
+
+    def value(self, log_alpha: Tensor) -> Tensor:
+        """R."""
+        return (1.2 * torch.sigmoid(2.4 / self.mu * log_alpha) - 0.1).clamp(0, 1)
+
+    def anneal(self, progress: float) -> None:
+        """Mu = start + (end - start) sqrt(progress)."""
+        self.mu = self._start + (self._end - self._start) * math.sqrt(min(max(progress, 0.0), 1.0))
+
+    def clamp_(self, log_alpha: Tensor) -> None:
+        """No range: only differences to the threshold matter."""
+
+
+class GateSet(nn.Module):
+    """The gates of all pruned unit kinds.
+
+    Args:
+        arch: the model's description.
+        kinds: pruned kinds, from heads, intermediate, hidden; the others stay open.
+        gate: the gate to use.
+        generator: CPU generator of initial values.
+
+    Attributes:
+        log_alpha: parameter by kind: heads [L, G], intermediate [L, I], hidden [d], float32.
+    """
+
+    def __init__(self, arch: Arch, kinds: tuple[str, ...], gate: Gate, generator: torch.Generator) -> None:
+        super().__init__()
+        self.gate = gate
+        self.dims = arch.dims
+        shapes = unit_shapes(arch.dims)
+        self.log_alpha = nn.ParameterDict(
+            {k: nn.Parameter(gate.open + 0.01 * torch.randn(shapes[k], generator=generator)) for k in KINDS if k in kinds}
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters live."""
+        return next(iter(self.log_alpha.values())).device
+
+    def scores(self, offset: Tensor | float = 0.0) -> Unit:
+        """log_alpha + offset by kind."""
+        return {k: a + offset for k, a in self.log_alpha.items()}
+
+    def keep(self, scores: Unit) -> Unit:
+        """Keep-probabilities of all kinds; kinds that are not pruned count in full."""
+        return self._complete({k: self.gate.keep(a) for k, a in scores.items()})
+
+    def sample(self, scores: Unit, generator: torch.Generator) -> Masks:
+        """Masks of a training step."""
+        return Masks(**self._complete({k: self.gate.sample(a, generator) for k, a in scores.items()}))
+
+    @torch.no_grad()
+    def clamp_(self) -> None:
+        """Keeps the parameters in the gate's range."""
+        for a in self.log_alpha.values():
+            self.gate.clamp_(a)
+
+    def _complete(self, units: Unit) -> Unit:
+        shapes = unit_shapes(self.dims)
+        return {k: units[k] if k in units else torch.ones(shapes[k], device=self.device) for k in KINDS}
+
+    @torch.no_grad()
+    def start_from_importance(self, importance: Unit, unit_cost: dict[str, float], head_bias: float) -> None:
+        """Starts the gates at log importance per removed parameter, standardised per kind, heads favoured.
+
+        Args:
+            importance: non-negative importance by kind, shapes of `log_alpha`.
+            unit_cost: parameters that go with one unit, by kind.
+            head_bias: standard deviations added to the heads' scores.
+        """
+        scores: Unit = {}
+        for kind, parameter in self.log_alpha.items():
+            per_parameter = importance[kind].float().to(parameter.device) / unit_cost[kind]
+            positive = per_parameter[per_parameter > 0]
+            floor = float(positive.min()) if positive.numel() else 1.0
+            score = per_parameter.clamp_min(floor).log()
+            spread = score.std()
+            score = (score - score.mean()) / spread if spread > 1e-6 else torch.zeros_like(score)
+            scores[kind] = score + (head_bias if kind == "heads" else 0.0)
+        # All gates start open: the weakest unit stands at the edge, or, for hard concrete, as near as its range allows.
+        lowest = min(float(s.min()) for s in scores.values())
+        highest = max(float(s.max()) for s in scores.values())
+        room = LOG_ALPHA_RANGE[1] - 1.0 if isinstance(self.gate, HardConcrete) else math.inf
+        scale = min(1.0, room / max(highest - lowest, 1e-6))
+        start = LOG_ALPHA_RANGE[1] - room if isinstance(self.gate, HardConcrete) else self.gate.open
+        for kind, parameter in self.log_alpha.items():
+            parameter.copy_(start + scale * (scores[kind] - lowest))
