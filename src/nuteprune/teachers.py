@@ -1,0 +1,140 @@
+"""Numerous teachers: snapshots of the run itself, and which of them serves when (paper, section 3.3).
+
+Records are numbered 1, 2, ...; record k is the student at sparsity k x `snapshot_every`. Record 0 is the intact model.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from nuteprune.files import save_tensors
+from nuteprune.masks import Masks
+
+INTACT = 0
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A teacher.
+
+    Attributes:
+        record: its number.
+        sparsity: share of block parameters that its masks remove.
+        step: step at which it was taken.
+        masks: discrete masks, on the CPU.
+        lora: LoRA weights by parameter name, on the CPU.
+    """
+
+    record: int
+    sparsity: float
+    step: int
+    masks: Masks
+    lora: dict[str, Tensor]
+
+
+class TeacherBank:
+    """Snapshots in CPU memory and, file by file, on disk.
+
+    Args:
+        folder: where `record-NNN.safetensors` files go.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._snapshots: dict[int, Snapshot] = {}
+
+    def __len__(self) -> int:
+        return len(self._snapshots)
+
+    def __getitem__(self, record: int) -> Snapshot:
+        return self._snapshots[record]
+
+    def add(self, snapshot: Snapshot) -> Path:
+        """Keeps a snapshot and writes its file; returns the path."""
+        path = self.path(snapshot.record)
+        tensors = {f"masks.{k}": t for k, t in snapshot.masks.tensors().items()}
+        tensors |= {f"lora.{k}": t for k, t in snapshot.lora.items()}
+        about = {"record": snapshot.record, "sparsity": snapshot.sparsity, "step": snapshot.step}
+        save_tensors(path, tensors, {"nuteprune": json.dumps(about)})
+        self._snapshots[snapshot.record] = snapshot
+        return path
+
+    def path(self, record: int) -> Path:
+        """The file of a record."""
+        return self.folder / f"record-{record:03d}.safetensors"
+
+    @classmethod
+    def load(cls, folder: Path, records: int) -> TeacherBank:
+        """The bank as it was when it held `records` snapshots; files of later ones are removed."""
+        bank = cls(folder)
+        for record in range(1, records + 1):
+            bank._snapshots[record] = read_snapshot(bank.path(record))
+        for path in folder.glob("record-*.safetensors"):
+            if int(path.stem.split("-")[1]) > records:
+                path.unlink()
+        return bank
+
+
+def read_snapshot(path: Path) -> Snapshot:
+    """A snapshot from its file."""
+    with safe_open(path, framework="pt") as file:
+        about = json.loads((file.metadata() or {})["nuteprune"])
+    tensors = load_file(path)
+    masks = {k.removeprefix("masks."): t for k, t in tensors.items() if k.startswith("masks.")}
+    lora = {k.removeprefix("lora."): t for k, t in tensors.items() if k.startswith("lora.")}
+    return Snapshot(about["record"], about["sparsity"], about["step"], Masks.from_tensors(masks), lora)
+
+
+@dataclass(frozen=True)
+class TeacherPolicy:
+    """Which record teaches at a step.
+
+    Attributes:
+        kind: numerous, intact or none.
+        lag: records between student and teacher while sparsity grows.
+        total_steps: steps of the run.
+    """
+
+    kind: str
+    lag: int
+    total_steps: int
+
+    @property
+    def keeps_records(self) -> bool:
+        """Whether snapshots are taken at all."""
+        return self.kind == "numerous"
+
+    def record(self, step: int, records: int, reached: int | None) -> int | None:
+        """The teacher of a step (from 0).
+
+        While sparsity grows it is the record `lag` back. From step `reached`, the remaining steps are split evenly over
+        the records from that one down to the intact model.
+
+        Args:
+            step: the step.
+            records: records in the bank.
+            reached: first step at the target sparsity, or None before it.
+
+        Returns:
+            A record number, 0 for the intact model, or None for no teacher.
+        """
+        if self.kind == "none":
+            return None
+        newest = max(records - self.lag, INTACT)
+        if self.kind == "intact" or reached is None:
+            return INTACT if self.kind == "intact" else newest
+        share = (step - reached) / max(self.total_steps - reached, 1)
+        return max(newest - int(share * (newest + 1)), INTACT)
+
+
+def teacher_name(record: int | None) -> str:
+    """How logs name a teacher: none, intact, or record-NNN."""
+    if record is None:
+        return "none"
+    return "intact" if record == INTACT else f"record-{record:03d}"
