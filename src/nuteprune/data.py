@@ -1,0 +1,317 @@
+"""The one way in for text: sources -> documents -> token blocks on disk.
+
+A source is a file (text, jsonl, jsonl.gz, parquet), a hub data set, `pydoc` (the standard library's help pages) or
+`self` (text sampled from the intact model). Documents are shuffled by seed, joined by the end-of-text token and cut into
+blocks; every source supplies an equal share of the tokens. Blocks are tokenised once and memory mapped.
+"""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import json
+import random
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from nuteprune.errors import DataError
+from nuteprune.files import save_tensors
+
+SELF, PYDOC = "self", "pydoc"
+HELD_OUT = 5  # every fifth help page is kept for evaluation
+
+
+def check_sources(sources: tuple[str, ...], text_key: str) -> None:
+    """Refuses sources that are missing or cannot be read, before any long work; files are read to the end.
+
+    Raises:
+        DataError: naming the source, and file and line where there is one.
+    """
+    for source in sources:
+        if source in (SELF, PYDOC):
+            continue
+        path = Path(source)
+        if not path.exists():
+            if path.suffix or source.count("/") != 1:
+                raise DataError(f"--data {source}: no such file; give a file, a hub id (owner/name), pydoc or self.")
+            continue
+        if not any(text.strip() for text in read_documents(source, text_key)):
+            raise DataError(f"--data {source} holds no text.")
+
+
+def read_documents(source: str, text_key: str = "text") -> Iterator[str]:
+    """Documents of a source other than `self`, in order.
+
+    Args:
+        source: a path, a hub id, or `pydoc`.
+        text_key: field of the text in records.
+
+    Yields:
+        One text a document: a line of jsonl, a row of a table, or a whole text file.
+
+    Raises:
+        DataError: unreadable input, with file and line.
+    """
+    path = Path(source)
+    if source == PYDOC:
+        yield from pydoc_pages(held_out=False)
+    elif path.is_dir():
+        raise DataError(f"--data {source} is a folder; give its files one by one.")
+    elif path.exists():
+        name = path.name.removesuffix(".gz")
+        if name.endswith((".jsonl", ".json")):
+            yield from _read_jsonl(path, text_key)
+        elif name.endswith(".parquet"):
+            yield from _read_table(path, text_key)
+        else:
+            yield "".join(line for _, line in _lines(path))
+    else:
+        yield from _read_hub(source, text_key)
+
+
+def pydoc_pages(held_out: bool) -> list[str]:
+    """Help pages of the Python standard library: English text that every Python carries.
+
+    Args:
+        held_out: the pages kept for evaluation (every fifth) rather than those for training.
+    """
+    from pydoc_data.topics import topics
+
+    pages = [text for _, text in sorted(topics.items()) if len(text) > 500]
+    return [text for index, text in enumerate(pages) if (index % HELD_OUT == 0) == held_out]
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Numbered lines (from 1) of a UTF-8 file, gzipped or not."""
+    number = 0
+    try:
+        with _open(path) as file:
+            for number, raw in enumerate(file, 1):
+                yield number, raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}, line {number}: not UTF-8 ({error.reason} at byte {error.start} of the line).") from error
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{path}, after line {number}: broken gzip file ({error}).") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
+
+
+def _open(path: Path) -> IO[bytes]:
+    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
+
+
+def _read_jsonl(path: Path, key: str) -> Iterator[str]:
+    for number, line in _lines(path):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{path}, line {number}: not JSON ({error}); every line must be one object.") from error
+        yield _field(record, key, f"{path}, line {number}")
+
+
+def _field(record: Any, key: str, where: str) -> str:
+    value = record.get(key) if isinstance(record, dict) else None
+    if not isinstance(value, str):
+        fields = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+        raise DataError(f"{where}: no text field {key!r} (there is {fields}); name it with --text-key.")
+    return value
+
+
+def _read_table(path: Path, key: str) -> Iterator[str]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            if key not in file.schema_arrow.names:
+                names = ", ".join(file.schema_arrow.names)
+                raise DataError(f"{path}: no column {key!r} (there is {names}); name it with --text-key.")
+            row = 0
+            for batch in file.iter_batches(columns=[key]):
+                for value in batch.column(0).to_pylist():
+                    row += 1
+                    yield _field({key: value}, key, f"{path}, row {row}")
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path} is not a readable parquet file: {' '.join(str(error).split())}.") from error
+
+
+def _read_hub(source: str, key: str) -> Iterator[str]:
+    from datasets import load_dataset
+
+    try:
+        rows = load_dataset(source, split="train", streaming=True)
+        for number, record in enumerate(rows):
+            yield _field(record, key, f"{source}, row {number}")
+    except DataError:
+        raise
+    except Exception as error:  # the hub client raises many kinds; all mean that the data cannot be had
+        reason = " ".join(str(error).split())[:300]
+        raise DataError(f"--data {source}: neither a file here nor a data set that the hub gives ({reason}).") from error
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Token blocks on disk.
+
+    Attributes:
+        path: safetensors file with `train` and `held_out`, int32 [blocks, seq_len] each.
+        count: number of training blocks.
+        held_out: number of held-out blocks.
+        seq_len: tokens a block.
+    """
+
+    path: Path
+    count: int
+    held_out: int
+    seq_len: int
+
+    @classmethod
+    def open(cls, path: Path) -> Blocks:
+        """Blocks written by `build_blocks`."""
+        with safe_open(path, framework="pt") as file:
+            count, seq_len = file.get_slice("train").get_shape()
+            held_out = file.get_slice("held_out").get_shape()[0]
+        return cls(path, count, held_out, seq_len)
+
+    def read(self, indices: list[int], part: str = "train") -> Tensor:
+        """Blocks by number, int64 [len(indices), seq_len]; `part` is train or held_out."""
+        with safe_open(self.path, framework="pt") as file:
+            mapped = file.get_slice(part)
+            return torch.cat([mapped[i : i + 1] for i in indices]).long()
+
+    def batch(self, step: int, batch_size: int, seed: int) -> Tensor:
+        """The batch of a step, int64 [batch_size, seq_len]; a function of its arguments alone.
+
+        Each pass over the blocks has its own order.
+        """
+        wanted = range(step * batch_size, (step + 1) * batch_size)
+        return self.read([_order(self.count, seed, i // self.count)[i % self.count] for i in wanted])
+
+
+@functools.lru_cache(maxsize=4)
+def _order(count: int, seed: int, epoch: int) -> list[int]:
+    """The order of the blocks in one pass over them."""
+    order = list(range(count))
+    random.Random(f"{seed}-{epoch}").shuffle(order)
+    return order
+
+
+Sampler = Callable[[int], Iterator[list[int]]]
+
+
+def build_blocks(
+    path: Path,
+    sources: tuple[str, ...],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seq_len: int,
+    blocks: int,
+    held_out: int,
+    least: int,
+    seed: int,
+    text_key: str = "text",
+    sample: Sampler | None = None,
+) -> Blocks:
+    """Tokenises the sources into a file of blocks.
+
+    Args:
+        path: file to write.
+        sources: where the text comes from; each gives an equal share, as far as its text reaches.
+        tokenizer: the model's.
+        seq_len: tokens a block.
+        blocks: training blocks wanted; fewer are made when the text ends before (training then passes over it again).
+        held_out: most blocks to set apart for perplexity before and after; a tenth of the text if that is less.
+        least: fewest training blocks that will do.
+        seed: shuffles the documents.
+        text_key: field of the text in records.
+        sample: for `self`: yields token ids of documents until the asked number of tokens is there.
+
+    Raises:
+        DataError: too little text.
+    """
+    wanted = -(-(blocks + held_out) // len(sources)) * seq_len
+    train, apart, total = [], [], 0
+    for source in sources:
+        ids: list[int] = []
+        if source == SELF:
+            assert sample is not None
+            documents = sample(wanted)
+        else:
+            documents = _tokenised(_shuffled(source, text_key, seed, wanted), tokenizer)
+        for document in documents:
+            ids += document
+            if len(ids) >= wanted:
+                break
+        whole = len(ids) // seq_len
+        total += whole
+        rows = torch.tensor(ids[: whole * seq_len], dtype=torch.int32).view(whole, seq_len)
+        split = whole - min(-(-held_out // len(sources)), whole // 10)
+        train.append(rows[:split])
+        apart.append(rows[split:])
+    tensors = {"train": torch.cat(train), "held_out": torch.cat(apart)[:held_out]}
+    if len(tensors["train"]) < least:
+        raise DataError(
+            f"--data {', '.join(sources)} gives {total} blocks of {seq_len} tokens; a batch needs {least}. "
+            "Give more text or lower --batch-size or --seq-len."
+        )
+    save_tensors(path, tensors)
+    return Blocks.open(path)
+
+
+def _shuffled(source: str, text_key: str, seed: int, tokens: int) -> Iterator[str]:
+    """Documents in random order; long ones in pieces, so that one book does not fill the budget.
+
+    Hub data is streamed: a multiple of the text needed is read and shuffled.
+    """
+    texts: list[str] = []
+    budget = None if Path(source).exists() or source == PYDOC else 40 * tokens  # characters
+    for text in read_documents(source, text_key):
+        texts += _pieces(text)
+        if budget is not None and (budget := budget - len(text)) < 0:
+            break
+    random.Random(f"{seed}-{source}").shuffle(texts)
+    yield from texts
+
+
+def _pieces(text: str, size: int = 20_000) -> list[str]:
+    """A text cut into pieces of about `size` characters, at line ends."""
+    pieces: list[str] = []
+    current: list[str] = []
+    length = 0
+    for line in text.splitlines(keepends=True):
+        current.append(line)
+        length += len(line)
+        if length >= size:
+            pieces.append("".join(current))
+            current, length = [], 0
+    if current:
+        pieces.append("".join(current))
+    return [p for p in pieces if p.strip()]
+
+
+def _tokenised(texts: Iterator[str], tokenizer: PreTrainedTokenizerBase, group: int = 64) -> Iterator[list[int]]:
+    """Token ids of documents, each closed by the end-of-text token; tokenised in groups, which is fast."""
+    end = [tokenizer.eos_token_id] if isinstance(tokenizer.eos_token_id, int) else []
+
+    def encode(batch: list[str]) -> Iterator[list[int]]:
+        for ids in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
+            yield list(ids) + end
+
+    batch: list[str] = []
+    for text in texts:
+        batch.append(text)
+        if len(batch) == group:
+            yield from encode(batch)
+            batch = []
+    if batch:
+        yield from encode(batch)
