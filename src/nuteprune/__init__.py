@@ -1,0 +1,39 @@
+"""Structured pruning of causal language models with numerous teachers (NutePrune, arXiv 2402.09773).
+
+from nuteprune import PruneConfig, load, prune
+
+result = prune(PruneConfig.create(model="smollm2-135m", sparsity=0.25, data=("corpus.jsonl.gz",), out="runs/a"))
+model, tokenizer = load(result.model)
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from nuteprune.config import PruneConfig
+    from nuteprune.errors import NutePruneError
+    from nuteprune.job import PruneResult, prune, resume
+    from nuteprune.models import load
+
+_HOME = {
+    "PruneConfig": "nuteprune.config",
+    "NutePruneError": "nuteprune.errors",
+    "PruneResult": "nuteprune.job",
+    "prune": "nuteprune.job",
+    "resume": "nuteprune.job",
+    "load": "nuteprune.models",
+}
+
+__all__ = ["NutePruneError", "PruneConfig", "PruneResult", "__version__", "load", "prune", "resume"]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports the public names on first use: the command line's help should not wait for torch."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'nuteprune' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOME[name]), name)

@@ -1,0 +1,181 @@
+"""The command line. Everything it does is one call into the library."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from nuteprune.config import PruneConfig, read_yaml
+from nuteprune.errors import NutePruneError
+from nuteprune.options import config_options
+
+app = typer.Typer(
+    name="nuteprune",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Makes large language models smaller: structured pruning with numerous teachers (arXiv 2402.09773).",
+)
+
+Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:N or auto.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print results only.")]
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Folder, hub id, .gguf file, or smollm2-135m.")]
+
+
+@app.command(
+    name="prune",
+    epilog="Example: nuteprune prune smollm2-135m --sparsity 0.25 --data corpus.jsonl.gz --out runs/a",
+)
+@config_options
+def prune_command(
+    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="Folder, hub id, .gguf file, or smollm2-135m.")] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", help="YAML file with options by name; options given here override it.")
+    ] = None,
+    quiet: Quiet = False,
+    **options: Any,
+) -> None:
+    """Prunes MODEL to an exact size and writes a smaller checkpoint that stock tools load."""
+    from_file = read_yaml(config) if config is not None else {}
+    if model is not None:
+        options["model"] = model
+    if options.get("steps") is not None or options.get("tokens") is not None:  # the other way of giving the budget yields
+        from_file.pop("steps", None), from_file.pop("tokens", None)
+    merged = {**from_file, **options}
+    if "model" not in merged:
+        raise NutePruneError("MODEL is missing; give a folder, a hub id, a .gguf file or smollm2-135m.")
+    checked = PruneConfig.create(**merged)
+
+    from nuteprune.job import prune
+
+    _finish(prune(checked, _reporter(quiet)))
+
+
+@app.command(name="resume")
+def resume_command(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder of nuteprune prune.")], quiet: Quiet = False
+) -> None:
+    """Goes on with a stopped run from its last checkpoint."""
+    from nuteprune.job import resume
+
+    _finish(resume(run, _reporter(quiet)))
+
+
+@app.command(name="eval")
+def eval_command(
+    model: ModelArgument,
+    ppl: Annotated[str, typer.Option("--ppl", help="wikitext2, ptb, pydoc (held-out help pages), or a file.")] = "wikitext2",
+    data_dir: Annotated[
+        Path | None,
+        typer.Option("--data-dir", help="Folder with wikitext2/wiki.test.raw and ptb/ptb.valid.txt; the hub without it."),
+    ] = None,
+    window: Annotated[int, typer.Option("--window", help="Tokens a window; windows do not overlap.")] = 1024,
+    windows: Annotated[int | None, typer.Option("--windows", help="Score the first so many windows only.")] = None,
+    device: Device = "auto",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the result to this file too.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Measures the perplexity of MODEL and states the protocol."""
+    if window < 2 or (windows is not None and windows < 1):
+        raise NutePruneError(f"--window {window} and --windows {windows}: allowed are at least 2 and at least 1.")
+    from nuteprune.evaluate import perplexity, read_set
+    from nuteprune.files import save_json
+    from nuteprune.job import environment
+    from nuteprune.models import Source, pick_device, pick_dtype
+
+    where = pick_device(device)
+    name, text, joined = read_set(ppl, data_dir)
+    source = Source.find(model)
+    tokenizer = source.tokenizer(source.config().vocab_size)
+    loaded = source.model(where, pick_dtype("auto", where))
+    with _reporter(quiet).counter(f"perplexity on {name}") as progress:
+        result = perplexity(
+            loaded, tokenizer, text, name=name, joined=joined, window=window, windows=windows, progress=progress
+        )
+    if json_file is not None:
+        save_json(json_file, {"model": model, **result.to_dict(), "environment": environment(where)})
+    bits = f", {result.bits_per_byte:.4f} bits a byte" if result.bits_per_byte is not None else ""
+    print(f"{model}: perplexity {result.perplexity:.4f}{bits}\n{result.protocol}")
+
+
+@app.command(name="inspect")
+def inspect_command(
+    model: ModelArgument, as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False
+) -> None:
+    """Shows the family of MODEL, what can be pruned, and where its parameters are; no weights are read."""
+    from nuteprune.inspection import inspect_model
+
+    found = inspect_model(model)
+    if as_json:
+        print(json.dumps(found.to_dict(), indent=2))
+        return
+    console = Console()
+    console.print(found.headline, highlight=False, soft_wrap=True)
+    for title, columns, rows in found.tables():
+        table = Table(*columns, title=title, title_justify="left")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+
+
+@app.command(name="demo")
+def demo_command(
+    out: Annotated[Path, typer.Option("--out", help="Run folder.")] = Path("runs/demo"),
+    tokens: Annotated[
+        int, typer.Option("--tokens", help="Training tokens; the default ends within about 15 minutes on 2 cores.")
+    ] = 61_440,
+) -> None:
+    """Prunes SmolLM2-135M by 25 % and compares dense and pruned on text not trained on."""
+    from nuteprune.demo import run_demo
+
+    code = run_demo(out, tokens, _reporter(False))
+    raise typer.Exit(code)
+
+
+def _reporter(quiet: bool) -> Any:
+    from nuteprune.progress import Reporter
+
+    return Reporter(Console(stderr=True, quiet=quiet))
+
+
+def _finish(result: Any) -> None:
+    """Prints what a job left; exit code 130 if it was stopped."""
+    if not result.complete:
+        raise typer.Exit(130)
+    f = result.figures
+    print(f"model: {result.model}")
+    print(f"blocks: {f.blocks_before:,} -> {f.blocks_after:,} parameters (-{100 * f.block_sparsity:.2f} %)")
+    removed = f"-{100 * f.total_sparsity:.2f} %"
+    print(f"all: {f.total_before:,} -> {f.total_after:,} parameters ({removed}), {f.file_bytes / 1e6:.1f} MB")
+    if f.dense is not None and f.pruned is not None:
+        ratio = f.pruned.perplexity / f.dense.perplexity
+        print(f"perplexity: {f.dense.perplexity:.2f} -> {f.pruned.perplexity:.2f} (x {ratio:.3f}); {f.pruned.protocol}")
+    print(f"largest logit difference to the masked model: {f.equality.largest:.2e}")
+
+
+def main() -> None:
+    """Entry point: bad input becomes one sentence and exit code 2."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' bars; ours are rich's
+    try:
+        app()
+    except NutePruneError as error:
+        print(f"nuteprune: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("nuteprune: stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

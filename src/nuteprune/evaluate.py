@@ -1,0 +1,227 @@
+"""Perplexity with its protocol stated, and generation speed."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from nuteprune.data import PYDOC, pydoc_pages, read_documents
+from nuteprune.errors import ConfigError, DataError
+
+Progress = Callable[[int, int], None]
+Logits = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class NamedSet:
+    """A text that goes by a name.
+
+    Attributes:
+        file: its place under --data-dir.
+        hub: hub id, configuration, split and field, for when there is no --data-dir.
+        joined: how rows become one text.
+    """
+
+    file: str
+    hub: tuple[str, str | None, str, str]
+    joined: str
+
+
+NAMED_SETS = {
+    "wikitext2": NamedSet(
+        "wikitext2/wiki.test.raw", ("Salesforce/wikitext", "wikitext-2-raw-v1", "test", "text"), "rows joined with blank lines"
+    ),
+    "ptb": NamedSet(
+        "ptb/ptb.valid.txt", ("ptb-text-only/ptb_text_only", None, "validation", "sentence"), "rows joined with blank lines"
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """A perplexity and how it was measured.
+
+    Attributes:
+        text: name of the text.
+        joined: how its documents became one text.
+        window: tokens a window; windows do not overlap (stride = window), a rest shorter than a window is left out
+            unless it is all there is.
+        stride: tokens from one window to the next.
+        windows: windows scored.
+        tokens: tokens scored: all but a window's first.
+        nats: mean negative log-likelihood a scored token.
+        perplexity: exp(nats).
+        bits_per_byte: negative log2-likelihood over the UTF-8 bytes of the scored tokens.
+    """
+
+    text: str
+    joined: str
+    window: int
+    stride: int
+    windows: int
+    tokens: int
+    nats: float
+    perplexity: float
+    bits_per_byte: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+    @property
+    def protocol(self) -> str:
+        """One line that says how the number came about."""
+        return (
+            f"{self.text}, {self.joined}, {self.windows} windows of {self.window} tokens (stride {self.stride}), "
+            f"{self.tokens:,} tokens scored (all but a window's first)"
+        )
+
+
+def read_set(name: str, data_dir: Path | None) -> tuple[str, str, str]:
+    """The text of a named set or a file.
+
+    Args:
+        name: wikitext2, ptb, pydoc (help pages that training never sees), or a file.
+        data_dir: folder that holds the named sets' files; the hub is asked without it.
+
+    Returns:
+        Name, text, and how it was joined.
+
+    Raises:
+        ConfigError, DataError: there is no such set or file, or it cannot be read.
+    """
+    if name == PYDOC:
+        return "pydoc (held-out help pages)", "\n\n".join(pydoc_pages(held_out=True)), "pages joined with blank lines"
+    if (known := NAMED_SETS.get(name)) is not None:
+        return name, "\n\n".join(_rows(name, known, data_dir)), known.joined
+    if not Path(name).is_file():
+        raise ConfigError(f"--ppl got {name!r}; allowed are {', '.join(NAMED_SETS)}, {PYDOC}, or a file.")
+    return Path(name).name, "\n\n".join(read_documents(name)), "documents joined with blank lines"
+
+
+def _rows(name: str, known: NamedSet, data_dir: Path | None) -> list[str]:
+    """Rows of a named set, as its hub data set has them."""
+    if data_dir is not None:
+        path = data_dir / known.file
+        if not path.is_file():
+            raise ConfigError(f"--data-dir {data_dir} has no {known.file}, which --ppl {name} needs.")
+        lines = next(iter(read_documents(str(path)))).split("\n")[:-1]
+        # The hub rows keep the line end of WikiText lines (a blank line is an empty row); PTB rows are stripped.
+        return [line + "\n" if line.strip() else "" for line in lines] if name == "wikitext2" else [x.strip() for x in lines]
+    from datasets import load_dataset
+
+    hub, configuration, split, field = known.hub
+    try:
+        return [row[field] for row in load_dataset(hub, configuration, split=split)]
+    except Exception as error:  # the hub client raises many kinds; all mean that the data cannot be had
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"--ppl {name} cannot be had from the hub ({reason}); give its folder with --data-dir.") from error
+
+
+@torch.no_grad()
+def window_loss(logits: Logits, ids: Tensor) -> float:
+    """Sum of negative log-likelihoods of a window's tokens but the first, in nats.
+
+    Args:
+        logits: maps ids [1, tokens] to logits [1, tokens, vocab].
+        ids: [tokens], int64.
+    """
+    scores = logits(ids.unsqueeze(0))[0, :-1]
+    total = 0.0
+    for rows, wanted in zip(scores.split(256), ids[1:].to(scores.device).split(256), strict=True):
+        total += float(F.cross_entropy(rows.float(), wanted, reduction="sum"))
+    return total
+
+
+def perplexity(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    *,
+    name: str,
+    joined: str,
+    window: int = 1024,
+    windows: int | None = None,
+    progress: Progress | None = None,
+) -> Perplexity:
+    """Perplexity of a model on one text.
+
+    The text is tokenised as a whole without special tokens and cut into windows that do not overlap.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer.
+        text: the text.
+        name: its name, for the protocol.
+        joined: how it was joined, for the protocol.
+        window: tokens a window.
+        windows: score the first so many only; all by default.
+        progress: called with windows done and their number.
+
+    Raises:
+        DataError: the text has fewer than two tokens.
+    """
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    pieces = [p for p in ids.split(window) if len(p) == window] or ([ids] if len(ids) > 1 else [])
+    if not pieces:
+        raise DataError(f"--ppl {name}: the text has {len(ids)} tokens; at least 2 are needed.")
+    pieces = pieces[:windows]
+    nats, scored, size = 0.0, 0, 0
+    for index, piece in enumerate(pieces):
+        nats += window_loss(lambda x: model(input_ids=x, use_cache=False).logits, piece.to(model.device))
+        scored += len(piece) - 1
+        size += len(str(tokenizer.decode(piece[1:])).encode("utf-8"))
+        if progress is not None:
+            progress(index + 1, len(pieces))
+    mean = nats / scored
+    bits = nats / math.log(2) / size if size else None
+    return Perplexity(name, joined, window, window, len(pieces), scored, mean, math.exp(min(mean, 700)), bits)
+
+
+def blocks_perplexity(logits: Logits, blocks: Tensor, name: str, progress: Progress | None = None) -> Perplexity:
+    """Perplexity over ready token blocks, int64 [blocks, tokens]; every token but a block's first is scored."""
+    nats = 0.0
+    for index, row in enumerate(blocks):
+        nats += window_loss(logits, row)
+        if progress is not None:
+            progress(index + 1, len(blocks))
+    window = blocks.shape[1]
+    scored = len(blocks) * (window - 1)
+    mean = nats / scored
+    joined = "documents joined by the end-of-text token"
+    return Perplexity(name, joined, window, window, len(blocks), scored, mean, math.exp(min(mean, 700)), None)
+
+
+@torch.no_grad()
+def generation_speed(
+    models: dict[str, PreTrainedModel], tokenizer: PreTrainedTokenizerBase, new_tokens: int = 64, rounds: int = 5
+) -> dict[str, float]:
+    """Tokens a second of greedy generation with cache, batch 1: medians of rounds in which the models take turns."""
+    prompt = tokenizer("The history of the city begins with", return_tensors="pt", add_special_tokens=False)["input_ids"]
+    times: dict[str, list[float]] = {name: [] for name in models}
+    for round_number in range(rounds + 1):  # the first warms up
+        for name, model in models.items():
+            ids = prompt.to(model.device)
+            began = time.perf_counter()
+            generate: Any = model.generate
+            generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                max_new_tokens=new_tokens,
+                min_new_tokens=new_tokens,
+                pad_token_id=0,
+            )
+            if round_number:
+                times[name].append(time.perf_counter() - began)
+    return {name: new_tokens / median(values) for name, values in times.items()}

@@ -1,0 +1,290 @@
+"""A whole pruning job: check, prepare the run folder, train, discretise, compact, check equality, write, evaluate.
+
+The run folder holds config.yaml, env.json, data/, metrics.jsonl, checkpoints/, teachers/, model/ and result.json.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from nuteprune import __version__
+from nuteprune.arch import Arch
+from nuteprune.card import Figures, model_card
+from nuteprune.config import PruneConfig, flag, read_yaml
+from nuteprune.data import SELF, Blocks, build_blocks, check_sources
+from nuteprune.errors import ConfigError
+from nuteprune.evaluate import Perplexity, blocks_perplexity
+from nuteprune.export.hf import build_compact, check_equal, write_folder
+from nuteprune.files import atomic_folder, save_json, save_text
+from nuteprune.masking import LoraOptions
+from nuteprune.models import Source, describe, pick_device, pick_dtype
+from nuteprune.progress import MetricsFile, Reporter
+from nuteprune.sample import model_sampler
+from nuteprune.trainer import Trainer, make_discretiser
+
+CONFIG, BLOCKS, METRICS, RESULT, MODEL = "config.yaml", "data/blocks.safetensors", "metrics.jsonl", "result.json", "model"
+HELD_OUT = 32  # most blocks set apart for perplexity before and after
+COMPARED = 4  # blocks on which the compact model is compared with the masked one
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """What a job leaves.
+
+    Attributes:
+        run: the run folder.
+        complete: False if the run was stopped and can be resumed.
+        figures: what was measured; None while not complete.
+    """
+
+    run: Path
+    complete: bool
+    figures: Figures | None = None
+
+    @property
+    def model(self) -> Path:
+        """The exported model folder."""
+        return self.run / MODEL
+
+
+def prune(config: PruneConfig, reporter: Reporter | None = None) -> PruneResult:
+    """Prunes a model from start to end.
+
+    Args:
+        config: the options.
+        reporter: shows progress; a console on stderr by default.
+
+    Returns:
+        The run folder and the figures. On Ctrl-C a checkpoint is written and `complete` is False.
+
+    Raises:
+        ConfigError, DataError, ArchitectureError: bad input, found before any model work; nothing is written.
+        TrainingError: the loss is not finite; the last good checkpoint is kept.
+        ExportError: the compact model does not equal the masked one.
+    """
+    reporter = reporter or Reporter()
+    job = _Job.check(config)
+    run = Path(config.out)
+    check_folder(run)
+    with interruptible(reporter) as stop:
+        model = job.load(reporter)
+        with atomic_folder(run) as temporary:
+            job.prepare(temporary, model, reporter)
+        return job.train_and_finish(run, model, reporter, stop, fresh=True)
+
+
+def resume(run: str | Path, reporter: Reporter | None = None) -> PruneResult:
+    """Goes on with a run from its last checkpoint, to the same weights as if it had never stopped.
+
+    Args:
+        run: the run folder.
+        reporter: shows progress.
+
+    Raises:
+        ConfigError: the folder is not a run, or it is complete.
+    """
+    reporter = reporter or Reporter()
+    run = Path(run)
+    if not (run / CONFIG).is_file() or not (run / BLOCKS).is_file():
+        raise ConfigError(f"run {run} has no {CONFIG} or {BLOCKS}; give the folder that nuteprune prune --out wrote.")
+    if (run / RESULT).is_file() and (run / MODEL).is_dir():
+        raise ConfigError(f"run {run} is complete; its model is in {run / MODEL}.")
+    job = _Job.check(PruneConfig.create(**read_yaml(run / CONFIG)), data=False)
+    with interruptible(reporter) as stop:
+        return job.train_and_finish(run, job.load(reporter), reporter, stop, fresh=not any(run.glob("checkpoints/step-*")))
+
+
+def check_folder(run: Path) -> None:
+    """Refuses an output folder that holds something.
+
+    Raises:
+        ConfigError: it does, or it is a file.
+    """
+    if run.is_file():
+        raise ConfigError(f"--out {run} is a file; give a folder that does not exist yet.")
+    if run.is_dir() and any(run.iterdir()):
+        hint = f"go on with it by nuteprune resume {run}, or " if (run / CONFIG).exists() else ""
+        raise ConfigError(f"--out {run} is not empty; {hint}give another folder.")
+    parent = next(p for p in run.absolute().parents if p.exists())
+    if not os.access(parent, os.W_OK):
+        raise ConfigError(f"--out {run} cannot be made: {parent} is not writable.")
+
+
+@contextmanager
+def interruptible(reporter: Reporter) -> Iterator[Callable[[], bool]]:
+    """Turns the first Ctrl-C (and SIGTERM) into a request to stop after the step; a second Ctrl-C ends at once.
+
+    Yields:
+        A function that says whether a stop was asked for.
+    """
+    asked = False
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+        reporter.say("stopping after this step; a checkpoint will be written (Ctrl-C again to stop at once)")
+
+    before: dict[signal.Signals, Any] = {}
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, handler)
+    except ValueError:  # not the main thread: signals stay with the caller
+        pass
+    try:
+        yield lambda: asked
+    finally:
+        for caught, old in before.items():
+            signal.signal(caught, old)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A checked job: everything known before the weights are read."""
+
+    config: PruneConfig
+    source: Source
+    dense: PretrainedConfig
+    arch: Arch
+    tokenizer: PreTrainedTokenizerBase
+    device: torch.device
+
+    @classmethod
+    def check(cls, config: PruneConfig, data: bool = True) -> _Job:
+        """Every check that needs no weights."""
+        device = pick_device(config.device)
+        if data:
+            check_sources(config.data, config.text_key)
+        source = Source.find(config.model)
+        dense, arch = describe(source)
+        make_discretiser(config, arch).check(config.sparsity)
+        LoraOptions(config.lora_rank, config.alpha, config.lora_targets).modules(arch)
+        longest = getattr(dense, "max_position_embeddings", None)
+        if longest is not None and config.seq_len > longest:
+            raise ConfigError(f"{flag('seq_len')} got {config.seq_len}; this model reads at most {longest} tokens.")
+        return cls(config, source, dense, arch, source.tokenizer(arch.dims.vocab), device)
+
+    def load(self, reporter: Reporter) -> PreTrainedModel:
+        """The intact model."""
+        reporter.say(f"loading {self.source.name} on {self.device}")
+        return self.source.model(self.device, pick_dtype(self.config.dtype, self.device))
+
+    def prepare(self, folder: Path, model: PreTrainedModel, reporter: Reporter) -> None:
+        """Writes config.yaml, env.json and the token blocks."""
+        config = self.config
+        save_text(folder / CONFIG, config.to_yaml())
+        save_json(folder / "env.json", environment(self.device))
+        with reporter.counter("sampling text from the model" if SELF in config.data else "tokenising") as progress:
+            build_blocks(
+                folder / BLOCKS,
+                config.data,
+                self.tokenizer,
+                seq_len=config.seq_len,
+                blocks=config.total_steps * config.batch_size,
+                held_out=HELD_OUT,
+                least=config.batch_size,
+                seed=config.seed,
+                text_key=config.text_key,
+                sample=model_sampler(model, self.tokenizer, folder / "data/self.jsonl", config.seed, progress),
+            )
+
+    def train_and_finish(
+        self, run: Path, model: PreTrainedModel, reporter: Reporter, stop: Callable[[], bool], fresh: bool
+    ) -> PruneResult:
+        """Trains from where the run stands, then exports and evaluates."""
+        blocks = Blocks.open(run / BLOCKS)
+        trainer = Trainer(self.config, model, self.arch, blocks, run)
+        if fresh:
+            with reporter.counter("importance of units") as progress:
+                trainer.start(progress)
+        else:
+            trainer.load()
+            reporter.say(f"going on from step {trainer.state.step} of {trainer.total}")
+        metrics = MetricsFile(run / METRICS, trainer.state.step)
+
+        def log(line: dict[str, Any]) -> None:
+            metrics.add(line)
+            reporter.step(line, trainer.total)
+
+        try:
+            complete = trainer.run(log, stop)
+        finally:
+            reporter.close()
+        if not complete:
+            reporter.say(f"stopped at step {trainer.state.step}; go on with: nuteprune resume {run}")
+            return PruneResult(run, complete=False)
+        return PruneResult(run, True, self.finish(run, trainer, reporter))
+
+    def finish(self, run: Path, trainer: Trainer, reporter: Reporter) -> Figures:
+        """Compacts, compares, evaluates, writes model/ and result.json."""
+        masked, masks, blocks = trainer.masked, trainer.masks, trainer.blocks
+        assert masks is not None
+        apart = blocks.read(list(range(blocks.held_out)), "held_out") if blocks.held_out else None
+        dense = None
+        if apart is not None:
+            with reporter.counter("perplexity of the dense model") as progress, masked.role(None, None):
+                dense = blocks_perplexity(masked.logits, apart, "held-out blocks of the training text", progress)
+        dtype = masked.model.dtype
+        masked.model.float()  # folding and comparison are done in float32
+        compact = build_compact(masked, masks, self.dense)
+        compared = apart[:COMPARED] if apart is not None else blocks.read(list(range(min(COMPARED, blocks.count))))
+        equality = check_equal(masked, masks, compact, compared)
+        reporter.say(f"compact equals masked: largest logit difference {equality.largest:.2e} over {equality.tokens:,} tokens")
+        pruned: Perplexity | None = None
+        if apart is not None:
+            with reporter.counter("perplexity of the pruned model") as progress:
+                pruned = blocks_perplexity(lambda x: compact(input_ids=x, use_cache=False).logits, apart, dense.text, progress)  # type: ignore[union-attr]
+        compact.to(dtype)
+        figures: Figures | None = None
+
+        def card(folder: Path) -> str:
+            nonlocal figures
+            figures = Figures(
+                blocks_before=trainer.size.full,
+                blocks_after=trainer.size.of_masks(masks),
+                total_before=self.arch.total,
+                total_after=sum(p.numel() for p in compact.parameters()),
+                file_bytes=sum(p.stat().st_size for p in folder.glob("*.safetensors")),
+                equality=equality,
+                dense=dense,
+                pruned=pruned,
+                tokens=trainer.state.tokens,
+                seconds=trainer.state.seconds,
+            )
+            return model_card(self.source.name, self.config, figures, masks)
+
+        write_folder(run / MODEL, compact, self.tokenizer, masked.model.generation_config, card)
+        assert figures is not None
+        save_json(run / RESULT, figures.to_dict())
+        return figures
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions and machine, for env.json."""
+    packages = {"nuteprune": __version__}
+    for name in ("torch", "transformers", "peft", "accelerate", "safetensors", "datasets", "tokenizers", "gguf"):
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return {
+        "packages": packages,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }

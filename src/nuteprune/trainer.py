@@ -1,0 +1,342 @@
+"""The one training loop of NutePrune, from top to bottom.
+
+A step: the teacher of the moment runs first and without gradients; then the student with its present masks; the loss
+moves LoRA weights and gates; the controller holds the expected size on its schedule. Each per cent of sparsity leaves a
+teacher. When the gates' time is over the masks are made discrete at exactly the asked size and LoRA goes on alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from nuteprune.arch import Arch
+from nuteprune.checkpoint import load_checkpoint, load_optimizer, optimizer_tensors, save_checkpoint, within
+from nuteprune.config import PruneConfig
+from nuteprune.data import Blocks
+from nuteprune.discretise import Discretiser, Rounding
+from nuteprune.errors import TrainingError
+from nuteprune.gates import Deterministic, Gate, GateSet, HardConcrete
+from nuteprune.importance import taylor
+from nuteprune.losses import head_loss, hidden_loss
+from nuteprune.masking import DecoderOutput, LoraOptions, MaskedModel
+from nuteprune.masks import Masks
+from nuteprune.sparsity import BlockSize, Controller, LagrangianControl, ProjectionControl, schedule
+from nuteprune.teachers import INTACT, Snapshot, TeacherBank, TeacherPolicy, teacher_name
+
+REACHED = 0.005  # the original's sparsity_epsilon: how near counts as at the target
+LR_WARMUP = 0.03
+
+Metrics = dict[str, Any]
+Log = Callable[[Metrics], None]
+Progress = Callable[[int, int], None]
+
+
+@dataclass
+class TrainState:
+    """Where a run stands; with the tensors of a checkpoint, all of its state.
+
+    Attributes:
+        step: steps done, the number of the next one.
+        records: snapshots in the teacher bank.
+        reached: first step at the target sparsity, or None.
+        frozen: whether the masks are discrete and fixed.
+        tokens: tokens trained on.
+        seconds: time spent in steps.
+    """
+
+    step: int = 0
+    records: int = 0
+    reached: int | None = None
+    frozen: bool = False
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+class Trainer:
+    """A run in memory.
+
+    Args:
+        config: the options.
+        model: the intact model; it gets LoRA and hooks in place, no copy is made.
+        arch: its description.
+        blocks: training text.
+        folder: run folder; `checkpoints/` and `teachers/` are written there.
+    """
+
+    def __init__(self, config: PruneConfig, model: PreTrainedModel, arch: Arch, blocks: Blocks, folder: Path) -> None:
+        self.config, self.blocks, self.folder = config, blocks, folder
+        self.total = config.total_steps
+        self.freeze_step = self.total - round(config.recovery * self.total)
+        self.ramp = min(max(1, round(config.warmup * self.total)), self.freeze_step)
+
+        lora = LoraOptions(config.lora_rank, config.alpha, config.lora_targets, config.seed)
+        self.masked = MaskedModel(model, arch, config.prune, lora)
+        if config.gradient_checkpointing:
+            self.masked.enable_checkpointing()
+        self.size = BlockSize.of(arch)
+        self.discretiser = make_discretiser(config, arch)
+
+        self.generator = torch.Generator().manual_seed(config.seed)  # gate noise, on the CPU for every device
+        gate: Gate = Deterministic(*config.gate_width) if config.gates == "deterministic" else HardConcrete()
+        self.gates = GateSet(arch, config.prune, gate, self.generator).to(self.masked.device)
+        self.control: Controller = (
+            LagrangianControl(config.control_lr, self.masked.device)
+            if config.control == "lagrangian"
+            else ProjectionControl(self.size)
+        )
+        self.lora_optimizer = torch.optim.AdamW(self.masked.lora.values(), lr=config.lr, weight_decay=config.weight_decay)
+        self.gate_optimizer = torch.optim.Adam(self.gates.parameters(), lr=config.gate_lr)
+
+        self.policy = TeacherPolicy(config.teachers, config.teacher_lag, self.total)
+        self.bank = TeacherBank(folder / "teachers")
+        self.masks: Masks | None = None  # discrete masks, once frozen
+        self.state = TrainState()
+
+    # -- the loop -----------------------------------------------------------------------------------------------------
+
+    def start(self, progress: Progress | None = None) -> None:
+        """What happens before step 0: gates start from importance, if asked, and a checkpoint is written."""
+        if self.config.gate_init == "taylor":
+            count = min(self.config.gate_init_batches * self.config.batch_size, self.blocks.count)
+            importance = taylor(self.masked, self.blocks.read(list(range(count))), progress)
+            self.gates.start_from_importance(importance, self.size.unit_cost(), self.config.head_bias)
+        self.save()
+
+    def run(self, log: Log, stop: Callable[[], bool] = lambda: False) -> bool:
+        """Trains to the end.
+
+        Args:
+            log: called with the metrics of each step.
+            stop: asked before each step; True writes a checkpoint and ends.
+
+        Returns:
+            Whether the run is complete.
+
+        Raises:
+            TrainingError: the loss is no longer finite; the last good checkpoint is kept.
+        """
+        while self.state.step < self.total:
+            if stop():
+                self.save()
+                return False
+            log(self.step())
+            if self.state.step % self.config.checkpoint_every == 0 and self.state.step < self.total:
+                self.save()
+        if self.masks is None:
+            self.freeze()
+        self.save()
+        return True
+
+    def step(self) -> Metrics:
+        """One step; returns its metrics."""
+        began = time.perf_counter()
+        step, config = self.state.step, self.config
+        if step >= self.freeze_step and self.masks is None:
+            self.freeze()
+        target = schedule(step, self.ramp, config.sparsity)
+        batch = self.blocks.batch(step, config.batch_size, config.seed).to(self.masked.device)
+        layer_states = config.hidden_loss != "none" and config.teachers != "none"
+
+        record = self.policy.record(step, len(self.bank), self.state.reached)
+        teacher = self.teach(record, batch, layer_states)
+
+        masks, expected = self.student_masks(target)
+        self.masked.set_masks(masks)
+        student = self.masked.forward(batch, layer_states)
+        head = head_loss(
+            student.last,
+            None if teacher is None else teacher.last,
+            batch,
+            self.masked.head.weight,
+            self.masked.head.bias,
+            temperature=config.temperature,
+            kl_weight=config.kl_weight,
+            lm_weight=1.0 if teacher is None else config.lm_weight,
+        )
+        loss, hidden = head.total, None
+        if teacher is not None and layer_states:
+            hidden = hidden_loss(student.layers, teacher.layers, masks.hidden, config.hidden_loss)
+            loss = loss + config.hidden_weight * hidden
+        if self.masks is None:
+            loss = loss + self.control.penalty(expected, target)
+        gradient_norm = self.update(loss, step)
+
+        tokens, seconds = batch.numel(), time.perf_counter() - began
+        self.state.tokens += tokens
+        self.state.seconds += seconds
+        self.state.step += 1
+        sparsity = float(expected.detach())
+        metrics: Metrics = {
+            "step": step,
+            "phase": self.phase(step),
+            "loss": float(loss.detach()),
+            "kl": head.kl,
+            "lm_loss": head.lm,
+            "hidden_loss": float("nan") if hidden is None else float(hidden.detach()),
+            "target_sparsity": target,
+            "expected_sparsity": sparsity,
+            "teacher": teacher_name(record),
+            "records": len(self.bank),
+            "lr": self.lora_optimizer.param_groups[0]["lr"],
+            "gradient_norm": gradient_norm,
+            "tokens": self.state.tokens,
+            "tokens_per_s": tokens / seconds,
+            "seconds": self.state.seconds,
+        }
+        if self.masks is None:
+            metrics |= self.control.metrics()
+            self.after_step(step, sparsity)
+        return metrics
+
+    def teach(self, record: int | None, batch: Tensor, layer_states: bool) -> DecoderOutput | None:
+        """The teacher's forward pass, without gradients."""
+        if record is None:
+            return None
+        snapshot = None if record == INTACT else self.bank[record]
+        masks, lora = (None, None) if snapshot is None else (snapshot.masks, snapshot.lora)
+        with torch.no_grad(), self.masked.role(masks, lora):
+            return self.masked.forward(batch, layer_states)
+
+    def student_masks(self, target: float) -> tuple[Masks, Tensor]:
+        """The student's masks of a step and their expected sparsity."""
+        if self.masks is not None:
+            return self.masks, torch.tensor(self.size.sparsity(self.masks))
+        self.gates.gate.anneal(self.state.step / max(self.freeze_step, 1))
+        offset = self.control.offset(self.gates.scores(), self.gates.keep, target)
+        scores = self.gates.scores(offset)
+        expected = self.size.expected_sparsity(self.gates.keep(scores))
+        return self.gates.sample(scores, self.generator), expected
+
+    def update(self, loss: Tensor, step: int) -> float:
+        """Backward pass and optimisers; returns the norm of the LoRA gradient before clipping.
+
+        Raises:
+            TrainingError: loss or gradient is not finite; no weight has been changed.
+        """
+        if not math.isfinite(float(loss.detach())):
+            raise self.not_finite("loss", step)
+        loss.backward()
+        limit = self.config.grad_clip or math.inf
+        norm = float(torch.nn.utils.clip_grad_norm_(self.masked.lora.values(), limit))
+        if not math.isfinite(norm):
+            raise self.not_finite("gradient", step)
+        for group in self.lora_optimizer.param_groups:
+            group["lr"] = self.config.lr * lr_factor(self.config.lr_schedule, step, self.total)
+        self.lora_optimizer.step()
+        self.lora_optimizer.zero_grad()
+        if self.masks is None:
+            self.gate_optimizer.step()
+            self.gate_optimizer.zero_grad()
+            self.gates.clamp_()
+            self.control.step()
+        return norm
+
+    def not_finite(self, what: str, step: int) -> TrainingError:
+        """The error of a run that cannot go on."""
+        return TrainingError(
+            f"the {what} of step {step} is not a finite number; the last good checkpoint is kept in "
+            f"{self.folder / 'checkpoints'}. Try a lower --lr (now {self.config.lr:g}) or --gate-lr (now "
+            f"{self.config.gate_lr:g}), or --dtype float32, in a new run."
+        )
+
+    # -- sparsity and teachers ----------------------------------------------------------------------------------------
+
+    def phase(self, step: int) -> str:
+        """ramp, walk-back (hold, where no teacher walks) or recovery."""
+        if step >= self.freeze_step:
+            return "recovery"
+        if self.state.reached is None or step < self.state.reached:
+            return "ramp"
+        return "walk-back" if self.policy.keeps_records else "hold"
+
+    def after_step(self, step: int, sparsity: float) -> None:
+        """Takes the snapshots that this step's sparsity passed, and notes that the target is reached."""
+        every = self.config.snapshot_every
+        last = math.floor(self.config.sparsity / every + 1e-6)
+        while self.policy.keeps_records and len(self.bank) < last and sparsity >= (len(self.bank) + 1) * every - 1e-4:
+            record = len(self.bank) + 1
+            masks = self.discrete(record * every)
+            self.bank.add(Snapshot(record, self.size.sparsity(masks), step, masks, self.masked.lora_copy()))
+        self.state.records = len(self.bank)
+        if self.state.reached is None and step + 1 >= self.ramp and abs(sparsity - self.config.sparsity) <= REACHED:
+            self.state.reached = step + 1
+
+    @torch.no_grad()
+    def discrete(self, sparsity: float) -> Masks:
+        """The gates as discrete masks of a sparsity."""
+        self.gates.gate.anneal(self.state.step / max(self.freeze_step, 1))
+        offset = self.control.offset(self.gates.scores(), self.gates.keep, sparsity)
+        scores = self.gates.scores(offset)
+        values = {kind: self.gates.gate.value(a) for kind, a in scores.items()}
+        return self.discretiser.masks(scores, values, sparsity)
+
+    def freeze(self) -> None:
+        """Makes the masks discrete at exactly the asked sparsity; from here on only LoRA trains."""
+        self.masks = self.discrete(self.config.sparsity).to(self.masked.device)
+        self.gates.requires_grad_(False)
+        self.state.frozen = True
+        if self.state.reached is None:
+            self.state.reached = self.state.step
+
+    # -- state --------------------------------------------------------------------------------------------------------
+
+    def save(self) -> Path:
+        """Writes a checkpoint of everything."""
+        tensors: dict[str, Tensor] = {f"lora.{k}": p for k, p in self.masked.lora.items()}
+        tensors |= {f"gates.{k}": p for k, p in self.gates.log_alpha.items()}
+        tensors |= optimizer_tensors(self.lora_optimizer, "lora_optimizer")
+        tensors |= optimizer_tensors(self.gate_optimizer, "gate_optimizer")
+        tensors |= {f"control.{k}": t for k, t in self.control.state().items()}
+        tensors |= {"generator.state": self.generator.get_state()}
+        if self.masks is not None:
+            tensors |= {f"masks.{k}": t for k, t in self.masks.tensors().items()}
+        state = dataclasses.asdict(self.state)
+        return save_checkpoint(self.folder / "checkpoints", self.state.step, tensors, state, self.config.keep_checkpoints)
+
+    @torch.no_grad()
+    def load(self) -> None:
+        """Goes back to the newest checkpoint of the run folder."""
+        tensors, state = load_checkpoint(self.folder / "checkpoints")
+        self.state = TrainState(**state)
+        self.masked.load_lora(within(tensors, "lora"))
+        for kind, value in within(tensors, "gates").items():
+            self.gates.log_alpha[kind].copy_(value)
+        load_optimizer(self.lora_optimizer, tensors, "lora_optimizer")
+        load_optimizer(self.gate_optimizer, tensors, "gate_optimizer")
+        self.control.load(within(tensors, "control"))
+        self.generator.set_state(tensors["generator.state"])
+        self.bank = TeacherBank.load(self.folder / "teachers", self.state.records)
+        if self.state.frozen:
+            self.masks = Masks.from_tensors(within(tensors, "masks")).to(self.masked.device)
+            self.gates.requires_grad_(False)
+
+
+def make_discretiser(config: PruneConfig, arch: Arch) -> Discretiser:
+    """The discretiser of a run."""
+    rounding = Rounding(config.round_intermediate, config.round_hidden)
+    return Discretiser(arch, BlockSize.of(arch), config.prune, rounding)
+
+
+def lr_factor(kind: str, step: int, total: int) -> float:
+    """Factor on the peak learning rate at a step (from 0): a linear warm-up over 3 % of the run, then the schedule."""
+    warm = max(1, round(LR_WARMUP * total))
+    if step < warm:
+        return (step + 1) / warm
+    progress = (step - warm) / max(total - warm, 1)
+    if kind == "constant":
+        return 1.0
+    if kind == "linear":
+        return 1.0 - progress
+    if kind == "cosine":
+        return 0.5 * (1.0 + math.cos(math.pi * progress))
+    return min(1.0, 2.0 * (1.0 - progress))
