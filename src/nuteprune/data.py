@@ -43,7 +43,7 @@ def check_sources(sources: tuple[str, ...], text_key: str) -> None:
             if path.suffix or source.count("/") != 1:
                 raise DataError(f"--data {source}: no such file; give a file, a hub id (owner/name), pydoc or self.")
             continue
-        if not any(text.strip() for text in read_documents(source, text_key)):
+        if sum(bool(text.strip()) for text in read_documents(source, text_key)) == 0:  # reads to the end
             raise DataError(f"--data {source} holds no text.")
 
 
@@ -85,7 +85,7 @@ def pydoc_pages(held_out: bool) -> list[str]:
     """
     from pydoc_data.topics import topics
 
-    pages = [text for _, text in sorted(topics.items()) if len(text) > 500]
+    pages = sorted({text for text in topics.values() if len(text) > 500})  # several topics share a page
     return [text for index, text in enumerate(pages) if (index % HELD_OUT == 0) == held_out]
 
 
@@ -252,11 +252,11 @@ def build_blocks(
             ids += document
             if len(ids) >= wanted:
                 break
-        whole = len(ids) // seq_len
+        whole = min(len(ids), wanted) // seq_len
         total += whole
         rows = torch.tensor(ids[: whole * seq_len], dtype=torch.int32).view(whole, seq_len)
         split = whole - min(-(-held_out // len(sources)), whole // 10)
-        train.append(rows[:split])
+        train.append(rows[: min(split, -(-blocks // len(sources)))])
         apart.append(rows[split:])
     tensors = {"train": torch.cat(train), "held_out": torch.cat(apart)[:held_out]}
     if len(tensors["train"]) < least:
@@ -283,7 +283,7 @@ def _shuffled(source: str, text_key: str, seed: int, tokens: int) -> Iterator[st
     yield from texts
 
 
-def _pieces(text: str, size: int = 20_000) -> list[str]:
+def _pieces(text: str, size: int = 8_000) -> list[str]:
     """A text cut into pieces of about `size` characters, at line ends."""
     pieces: list[str] = []
     current: list[str] = []

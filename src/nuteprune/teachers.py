@@ -129,7 +129,8 @@ class TeacherPolicy:
         newest = max(records - self.lag, INTACT)
         if self.kind == "intact" or reached is None:
             return INTACT if self.kind == "intact" else newest
-        share = (step - reached) / max(self.total_steps - reached, 1)
+        left = self.total_steps - 1 - reached
+        share = (step - reached) / left if left > 0 else 1.0  # 1 at the last step, which is the intact model's
         return max(newest - int(share * (newest + 1)), INTACT)
 
 

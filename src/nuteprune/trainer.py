@@ -30,7 +30,7 @@ from nuteprune.importance import taylor
 from nuteprune.losses import head_loss, hidden_loss
 from nuteprune.masking import DecoderOutput, LoraOptions, MaskedModel
 from nuteprune.masks import Masks
-from nuteprune.sparsity import BlockSize, Controller, LagrangianControl, ProjectionControl, schedule
+from nuteprune.sparsity import BlockSize, Controller, LagrangianControl, ProjectionControl, Unit, schedule
 from nuteprune.teachers import INTACT, Snapshot, TeacherBank, TeacherPolicy, teacher_name
 
 REACHED = 0.005  # the original's sparsity_epsilon: how near counts as at the target
@@ -100,6 +100,7 @@ class Trainer:
         self.policy = TeacherPolicy(config.teachers, config.teacher_lag, self.total)
         self.bank = TeacherBank(folder / "teachers")
         self.masks: Masks | None = None  # discrete masks, once frozen
+        self.frozen_from: float | None = None  # expected sparsity at the moment they froze, in this process
         self.state = TrainState()
 
     # -- the loop -----------------------------------------------------------------------------------------------------
@@ -196,6 +197,8 @@ class Trainer:
         if self.masks is None:
             metrics |= self.control.metrics()
             self.after_step(step, sparsity)
+        elif step == self.freeze_step and self.frozen_from is not None:
+            metrics["frozen_from"] = self.frozen_from
         return metrics
 
     def teach(self, record: int | None, batch: Tensor, layer_states: bool) -> DecoderOutput | None:
@@ -207,14 +210,17 @@ class Trainer:
         with torch.no_grad(), self.masked.role(masks, lora):
             return self.masked.forward(batch, layer_states)
 
+    def gate_scores(self, target: float) -> tuple[Unit, Tensor]:
+        """The gates at this point of the run, shifted by the controller for a target, and their expected sparsity."""
+        self.gates.gate.anneal(self.state.step / max(self.freeze_step, 1))
+        scores = self.gates.scores(self.control.offset(self.gates.scores(), self.gates.keep, target))
+        return scores, self.size.expected_sparsity(self.gates.keep(scores))
+
     def student_masks(self, target: float) -> tuple[Masks, Tensor]:
         """The student's masks of a step and their expected sparsity."""
         if self.masks is not None:
             return self.masks, torch.tensor(self.size.sparsity(self.masks))
-        self.gates.gate.anneal(self.state.step / max(self.freeze_step, 1))
-        offset = self.control.offset(self.gates.scores(), self.gates.keep, target)
-        scores = self.gates.scores(offset)
-        expected = self.size.expected_sparsity(self.gates.keep(scores))
+        scores, expected = self.gate_scores(target)
         return self.gates.sample(scores, self.generator), expected
 
     def update(self, loss: Tensor, step: int) -> float:
@@ -265,24 +271,23 @@ class Trainer:
         last = math.floor(self.config.sparsity / every + 1e-6)
         while self.policy.keeps_records and len(self.bank) < last and sparsity >= (len(self.bank) + 1) * every - 1e-4:
             record = len(self.bank) + 1
-            masks = self.discrete(record * every)
+            masks, _ = self.discrete(record * every)
             self.bank.add(Snapshot(record, self.size.sparsity(masks), step, masks, self.masked.lora_copy()))
         self.state.records = len(self.bank)
         if self.state.reached is None and step + 1 >= self.ramp and abs(sparsity - self.config.sparsity) <= REACHED:
             self.state.reached = step + 1
 
     @torch.no_grad()
-    def discrete(self, sparsity: float) -> Masks:
-        """The gates as discrete masks of a sparsity."""
-        self.gates.gate.anneal(self.state.step / max(self.freeze_step, 1))
-        offset = self.control.offset(self.gates.scores(), self.gates.keep, sparsity)
-        scores = self.gates.scores(offset)
+    def discrete(self, sparsity: float) -> tuple[Masks, float]:
+        """The gates as discrete masks of a sparsity, and the expected sparsity that they stood at."""
+        scores, expected = self.gate_scores(sparsity)
         values = {kind: self.gates.gate.value(a) for kind, a in scores.items()}
-        return self.discretiser.masks(scores, values, sparsity)
+        return self.discretiser.masks(scores, values, sparsity), float(expected)
 
     def freeze(self) -> None:
         """Makes the masks discrete at exactly the asked sparsity; from here on only LoRA trains."""
-        self.masks = self.discrete(self.config.sparsity).to(self.masked.device)
+        masks, self.frozen_from = self.discrete(self.config.sparsity)
+        self.masks = masks.to(self.masked.device)
         self.gates.requires_grad_(False)
         self.state.frozen = True
         if self.state.reached is None:

@@ -1,0 +1,116 @@
+"""Peak resident memory of a NutePrune step against a plain LoRA fine-tuning step of the same model and batch.
+
+    python benchmarks/memory.py [--model smollm2-135m] [--batch-size 4] [--seq-len 128] [--steps 6] [--json FILE]
+
+Each side runs in fresh processes, in turns; the figure is the median of their peaks (the kernel's high-water mark of
+resident memory). The NutePrune side is the real trainer with its default recipe, three records in the teacher bank and
+teachers that are snapshots; the plain side is peft LoRA of the same rank and targets, transformers' own loss, AdamW.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROUNDS = 3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--seq-len", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--side", choices=("plain", "nuteprune"), help="internal: measure one side in this process")
+    args = parser.parse_args()
+    if args.side:
+        print(json.dumps(measure(args.side, args.model, args.batch_size, args.seq_len, args.steps)))
+        return
+    found: dict[str, list[dict[str, float]]] = {"plain": [], "nuteprune": []}
+    for _ in range(ROUNDS):
+        for side, results in found.items():
+            command = [sys.executable, __file__, "--side", side, "--model", args.model]
+            command += ["--batch-size", str(args.batch_size), "--seq-len", str(args.seq_len), "--steps", str(args.steps)]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            results.append(json.loads(done.stdout.splitlines()[-1]))
+    report = {side: {key: statistics.median(r[key] for r in results) for key in results[0]} for side, results in found.items()}
+    report["ratio"] = {key: report["nuteprune"][key] / report["plain"][key] for key in ("peak_mb", "cpu_s_per_step")}
+    shape = f"{args.batch_size} x {args.seq_len}, {args.steps} steps, median of {ROUNDS} processes"
+    for side in ("plain", "nuteprune"):
+        r = report[side]
+        print(f"{side:10} peak {r['peak_mb']:7.0f} MB, {r['cpu_s_per_step']:6.2f} CPU s a step ({shape})")
+    print(f"ratio      peak {report['ratio']['peak_mb']:.3f}, CPU time {report['ratio']['cpu_s_per_step']:.3f}")
+    if args.json:
+        args.json.write_text(json.dumps({"model": args.model, "shape": shape, **report}, indent=2) + "\n")
+
+
+def measure(side: str, model: str, batch_size: int, seq_len: int, steps: int) -> dict[str, float]:
+    """Runs steps of one side; peak in MB (10^6 bytes) and CPU seconds a step after the first."""
+    step = plain_step(model, batch_size, seq_len) if side == "plain" else nuteprune_step(model, batch_size, seq_len)
+    step()
+    began = time.process_time()
+    for _ in range(steps - 1):
+        step()
+    cpu = (time.process_time() - began) / (steps - 1)
+    return {"peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6, "cpu_s_per_step": cpu}
+
+
+def plain_step(name: str, batch_size: int, seq_len: int) -> Any:
+    """A LoRA step with the library's own pieces."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    from nuteprune.config import PruneConfig
+    from nuteprune.models import Source
+
+    source = Source.find(name)
+    model: Any = source.model(torch.device("cpu"), torch.float32)
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    config = PruneConfig()
+    model = get_peft_model(model, LoraConfig(r=config.lora_rank, lora_alpha=int(config.alpha), target_modules=targets))
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=config.lr)
+    ids = torch.randint(100, 40_000, (batch_size, seq_len), generator=torch.Generator().manual_seed(0))
+
+    def step() -> None:
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def nuteprune_step(name: str, batch_size: int, seq_len: int) -> Any:
+    """A step of the real trainer, past its first records."""
+    import torch
+
+    from nuteprune.arch import Arch
+    from nuteprune.config import PruneConfig
+    from nuteprune.data import Blocks
+    from nuteprune.files import save_tensors
+    from nuteprune.models import Source
+    from nuteprune.trainer import Trainer
+
+    folder = Path(tempfile.mkdtemp())
+    ids = torch.randint(100, 40_000, (32, seq_len), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    save_tensors(folder / "blocks.safetensors", {"train": ids, "held_out": ids[:1]})
+    config = PruneConfig.create(
+        model=name, batch_size=batch_size, seq_len=seq_len, steps=100, warmup=0.05, teacher_lag=1, gate_init="open"
+    )
+    source = Source.find(name)
+    model = source.model(torch.device("cpu"), torch.float32)
+    trainer = Trainer(config, model, Arch.from_config(source.config()), Blocks.open(folder / "blocks.safetensors"), folder)
+    return trainer.step
+
+
+if __name__ == "__main__":
+    main()

