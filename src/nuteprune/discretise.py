@@ -137,11 +137,14 @@ class Discretiser:
 
         threshold = bisect(fits, *span)
         wanted = int((scores["hidden"] >= threshold).sum())
-        heads, channels, _ = self._least()
         count = max(multiple, round(wanted / multiple) * multiple)
         count = min(count, dims.hidden // multiple * multiple)
-        while count > multiple and self.size.at(heads, channels, count) > budget:
+        heads, channels, _ = self._least()
+        while count > multiple and self.size.at(heads, channels, count) > budget:  # no room even for the least of the others
             count -= multiple
+        heads, channels = [dims.groups] * dims.layers, [self._most_channels()] * dims.layers
+        while count + multiple <= dims.hidden and self.size.at(heads, channels, count) < budget:  # the others cannot fill it
+            count += multiple
         return _top(scores["hidden"], count)
 
     def _keep(self, scores: Unit, threshold: float, hidden: Tensor) -> Unit:
@@ -161,11 +164,16 @@ class Discretiser:
             multiple = self.rounding.intermediate
             counts = (scores["intermediate"] >= threshold).sum(1)
             counts = torch.div(counts + multiple // 2, multiple, rounding_mode="floor") * multiple
-            top = dims.intermediate if dims.intermediate % multiple == 0 else dims.intermediate // multiple * multiple
-            kept["intermediate"] = _top_rows(scores["intermediate"], counts.clamp(min(least_channels), top))
+            counts = counts.clamp(min(least_channels), self._most_channels())
+            kept["intermediate"] = _top_rows(scores["intermediate"], counts)
         else:
             kept["intermediate"] = torch.ones(dims.layers, dims.intermediate, dtype=torch.bool)
         return kept
+
+    def _most_channels(self) -> int:
+        """The largest width of a layer that the rounding allows."""
+        multiple = self.rounding.intermediate if "intermediate" in self.kinds else 1
+        return self.arch.dims.intermediate // multiple * multiple
 
     def _count(self, kept: Unit) -> int:
         heads, channels = kept["heads"].sum(1).tolist(), kept["intermediate"].sum(1).tolist()
