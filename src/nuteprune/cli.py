@@ -20,7 +20,7 @@ app = typer.Typer(
     name="nuteprune",
     no_args_is_help=True,
     add_completion=False,
-    rich_markup_mode=None,
+    rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     help="Makes large language models smaller: structured pruning with numerous teachers (arXiv 2402.09773).",
 )
@@ -36,7 +36,7 @@ ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Folder, hub
 )
 @config_options
 def prune_command(
-    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="Folder, hub id, .gguf file, or smollm2-135m.")] = None,
+    model: Annotated[str | None, typer.Argument(metavar="MODEL", help="Folder, hub id, .gguf file, or smollm2-135m.")] = None,
     config: Annotated[
         Path | None, typer.Option("--config", help="YAML file with options by name; options given here override it.")
     ] = None,
