@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 from conftest import make_tokenizer, tiny_config, tiny_model
+from safetensors.torch import load_file, save_file
 
 from nuteprune import cli
 from nuteprune.config import PruneConfig
@@ -38,7 +40,7 @@ SURFACE = """
 batch-size checkpoint-every config control control-lr data device dtype gate-init gate-init-batches gate-lr gate-width gates
 grad-clip gradient-checkpointing head-bias help hidden-loss hidden-weight keep-checkpoints kl-weight lm-weight
 lora-alpha lora-rank lora-targets lr lr-schedule out prune quiet recipe recovery round-hidden round-intermediate
-seed seq-len snapshot-every sparsity steps teacher-lag teachers temperature text-key tokens warmup weight-decay
+save-dtype seed seq-len snapshot-every sparsity steps teacher-lag teachers temperature text-key tokens warmup weight-decay
 """.split()
 
 
@@ -118,6 +120,7 @@ BAD: list[tuple[dict[str, str], str]] = [
     ({"lr": "-1"}, r"--lr got -1.0; allowed is a number above 0"),
     ({"kl_weight": "0"}, r"are all 0; give at least one loss a weight"),
     ({"device": "tpu9"}, r"--device got 'tpu9', which is not usable here"),
+    ({"save_dtype": "int8"}, r"--save-dtype got 'int8'"),
     ({"data": "nowhere.txt"}, r"--data nowhere.txt: no such file"),
 ]
 
@@ -158,6 +161,10 @@ def test_bad_folders_and_models(call: Any, tmp_path: Path, model_folder: Path, t
     _is_one_sentence(*call("resume", str(full)), r"has no config.yaml")
     _is_one_sentence(*call("eval", str(model_folder), "--ppl", "nothing"), r"--ppl got 'nothing'")
     _is_one_sentence(*call("prune", "--out", str(tmp_path / "x")), r"MODEL is missing")
+    below = str(full / "mine.txt/run")
+    _is_one_sentence(*call("prune", *_args(tmp_path, model_folder, text_file, out=below)), r"mine.txt is not a folder")
+    _is_one_sentence(*call("prune", *_args(tmp_path, model_folder, text_file, out=str(Path.cwd()))), r"is the current folder")
+    _is_one_sentence(*call("eval", str(model_folder), "--ppl", str(text_file), "--dtype", "int3"), r"--dtype got 'int3'")
 
     from transformers import GPT2Config
 
@@ -183,6 +190,21 @@ def test_tokenizer_that_does_not_fit(call: Any, tmp_path: Path, text_file: Path)
     _is_one_sentence(*call("prune", *_args(tmp_path, folder, text_file)), r"has no tokenizer that loads|tokenizer is empty")
 
 
+def test_damaged_weights_are_refused(call: Any, tmp_path: Path, model_folder: Path, text_file: Path) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(model_folder, folder)
+    weights = folder / "model.safetensors"
+    tensors = load_file(weights)
+    save_file({k: t for k, t in tensors.items() if "layers.1.mlp" not in k}, weights, {"format": "pt"})
+    message = r"3 weights are missing from its files, model.layers.1.mlp.down_proj.weight among them"
+    _is_one_sentence(*call("prune", "--quiet", *_args(tmp_path, folder, text_file)), message)
+    assert not (tmp_path / "run").exists()
+    weights.write_bytes(weights.read_bytes()[:-100])
+    _is_one_sentence(*call("prune", "--quiet", *_args(tmp_path, folder, text_file)), r"damaged cannot be loaded")
+    (folder / "config.json").write_text('{"model_type": "llama", "hidden_size": "wide"}')
+    _is_one_sentence(*call("prune", "--quiet", *_args(tmp_path, folder, text_file)), r"damaged cannot be loaded")
+
+
 def test_too_little_text_leaves_no_folder(call: Any, tmp_path: Path, model_folder: Path) -> None:
     short = tmp_path / "short.txt"
     short.write_text("the cat", encoding="utf-8")
@@ -199,6 +221,7 @@ def test_too_little_text_leaves_no_folder(call: Any, tmp_path: Path, model_folde
         ("steps: many", r"--steps got 'many'; allowed is a whole number"),
         ("batch_size: true", r"--batch-size got True; allowed is a whole number"),
         ("out: 3", r"--out got 3; allowed is a text"),
+        ("recipe: [paper]", r"--recipe got \['paper'\]; allowed is a text"),
     ],
 )
 def test_bad_config_files(call: Any, yaml_text: str, message: str, tmp_path: Path, model_folder: Path) -> None:

@@ -141,19 +141,24 @@ shapes = st.tuples(st.sampled_from([1, 4, 8, 48]), st.sampled_from([1, 4, 32]))
 @settings(max_examples=60, deadline=None)
 @given(
     sparsity=st.floats(0.01, 0.9),
-    kinds=st.sampled_from([KINDS, ("heads", "intermediate"), ("intermediate",), ("intermediate", "hidden")]),
+    kinds=st.sampled_from(
+        [KINDS, ("heads", "intermediate"), ("intermediate",), ("intermediate", "hidden"), ("heads", "hidden"), ("hidden",)]
+    ),
     rounding=st.tuples(st.sampled_from([1, 4, 8, 16]), st.sampled_from([1, 4, 8])),
     seed=st.integers(0, 1000),
     biased=st.booleans(),
+    piled=st.booleans(),
 )
 def test_discrete_size_is_the_nearest_not_above(
-    sparsity: float, kinds: tuple[str, ...], rounding: tuple[int, int], seed: int, biased: bool
+    sparsity: float, kinds: tuple[str, ...], rounding: tuple[int, int], seed: int, biased: bool, piled: bool
 ) -> None:
     arch = BIASED if biased else ARCH
     size = BlockSize.of(arch)
     discretiser = Discretiser(arch, size, kinds, Rounding(*rounding))
     generator = torch.Generator().manual_seed(seed)
     scores = {k: torch.randn(s, generator=generator) for k, s in unit_shapes(arch.dims).items() if k in kinds}
+    if piled:  # as hard-concrete gates are at the bounds of log_alpha
+        scores = {k: (4 * s).clamp(-0.5, 0.5) for k, s in scores.items()}
     try:
         kept = discretiser(scores, sparsity)
     except ConfigError as error:
@@ -164,7 +169,7 @@ def test_discrete_size_is_the_nearest_not_above(
     found, budget = size.at(heads, channels, hidden), size.full * (1 - sparsity)
     assert found <= budget * (1 + 1e-9)
     step = rounding[0] * (hidden * size.channel_hidden + size.channel_const)
-    room_left = any(c + rounding[0] <= arch.dims.intermediate for c in channels)
+    room_left = "intermediate" in kinds and any(c + rounding[0] <= arch.dims.intermediate for c in channels)
     assert not room_left or found + step > budget * (1 - 1e-9)  # nothing more would have fitted
     assert sum(heads) > 0
     if "intermediate" in kinds:

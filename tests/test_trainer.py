@@ -244,7 +244,7 @@ FELT: dict[str, Any] = {
 # Felt elsewhere: given by the fixture or by a test of its own.
 ELSEWHERE = {
     "model", "data", "text_key", "out", "tokens", "control_lr", "hidden_weight", "device", "gradient_checkpointing",
-    "checkpoint_every", "keep_checkpoints", "recipe",
+    "checkpoint_every", "keep_checkpoints", "recipe", "save_dtype",
 }  # fmt: skip
 
 
@@ -317,6 +317,7 @@ def test_paper_recipe_reaches_its_target(small_run: PruneConfig) -> None:
 def test_masks_forced_far_from_the_gates_are_announced(small_run: PruneConfig) -> None:
     result = prune(small_run.replace(control="lagrangian", gates="hard-concrete", gate_init="open"), reporter := Quiet())
     assert any("warning: the gates stood at" in line for line in reporter.said)
+    assert result.complete
     assert result.figures is not None
     assert result.figures.blocks_after <= 0.8 * result.figures.blocks_before
 
@@ -341,3 +342,62 @@ def test_several_sources_share_the_tokens(small_run: PruneConfig, text_file: Pat
     shared = {tuple(row) for row in blocks["train"].tolist()} & {tuple(row) for row in first.tolist()}
     assert len(shared) == 24  # half of the blocks are the other source's
     assert len(blocks["held_out"]) > 0
+
+
+def test_low_sparsity_says_that_no_record_will_teach(small_run: PruneConfig) -> None:
+    prune(small_run.replace(sparsity=0.1, teacher_lag=10), reporter := Quiet())
+    assert any("only the intact model will teach" in line for line in reporter.said)
+
+
+def test_stop_outside_the_steps_leaves_a_run_to_go_on_with(
+    small_run: PruneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nuteprune import job
+    from nuteprune.trainer import Trainer
+
+    straight, _ = _run(small_run.replace(out=str(tmp_path / "straight")))
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:  # while importance is measured: nothing but text is there yet
+        patch.setattr(Trainer, "start", interrupted)
+        result = prune(small_run, first := Quiet())
+    assert not result.complete
+    assert "go on with: nuteprune resume" in first.said[-1]
+    with monkeypatch.context() as patch:  # while the model is exported: training is done
+        patch.setattr(job, "build_compact", interrupted)
+        assert not resume(result.run, Quiet()).complete
+    assert not result.model.exists()
+    assert resume(result.run, Quiet()).complete
+    assert (result.model / "model.safetensors").read_bytes() == (straight.model / "model.safetensors").read_bytes()
+
+
+def test_exported_precision(small_run: PruneConfig, tmp_path: Path) -> None:
+    from nuteprune.models import load
+
+    for number, (name, dtype) in enumerate((("bfloat16", torch.bfloat16), ("auto", torch.float32))):
+        result, _ = _run(small_run.replace(save_dtype=name, out=str(tmp_path / f"{number}")))
+        assert {t.dtype for t in load_file(result.model / "model.safetensors").values()} == {dtype}
+        assert load(result.model)[0].dtype == dtype
+        assert result.figures is not None
+        assert result.figures.equality.largest < 1e-4  # compared before rounding
+
+
+def test_a_compact_model_that_differs_is_not_written(small_run: PruneConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nuteprune import job
+    from nuteprune.errors import ExportError
+
+    build = job.build_compact
+
+    def wrong(*args: Any) -> Any:
+        model = build(*args)
+        with torch.no_grad():
+            model.model.norm.weight.mul_(1.01)
+        return model
+
+    monkeypatch.setattr(job, "build_compact", wrong)
+    with pytest.raises(ExportError, match="differs from the masked one by up to"):
+        prune(small_run, Quiet())
+    assert not (Path(small_run.out) / "model").exists()
+    assert not (Path(small_run.out) / "result.json").exists()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from nuteprune import __version__
@@ -64,7 +66,7 @@ class Figures:
         }
 
 
-def model_card(base: str, config: PruneConfig, figures: Figures, masks: Masks) -> str:
+def model_card(base: str, config: PruneConfig, figures: Figures, masks: Masks, dtype: torch.dtype) -> str:
     """The README.md of a model folder, Markdown with a YAML head."""
     heads, channels, hidden = masks.counts()
     f = figures
@@ -77,7 +79,9 @@ def model_card(base: str, config: PruneConfig, figures: Figures, masks: Masks) -
         perplexities = f"\n| perplexity | {f.dense.perplexity:.2f} | {f.pruned.perplexity:.2f} |"
         perplexities += f" x {f.pruned.perplexity / f.dense.perplexity:.3f} |"
     protocol = f"\nPerplexity: {f.pruned.protocol}.\n" if f.pruned is not None else ""
-    recipe = yaml.safe_dump({k: v for k, v in config.to_dict().items() if k not in ("model", "out", "data")}, sort_keys=False)
+    options = {k: v for k, v in config.to_dict().items() if k not in ("model", "out")}
+    options["data"] = [Path(d).name if Path(d).exists() else d for d in config.data]  # no folders of this machine
+    recipe = yaml.safe_dump(options, sort_keys=False)
     return f"""---
 {yaml.safe_dump(head, sort_keys=False).strip()}
 ---
@@ -95,6 +99,7 @@ of rows.
 {protocol}
 Largest logit difference between this checkpoint and the masked model it was trained as: {f.equality.largest:.2e}
 (float32, {f.equality.tokens:,} tokens of real text, whole vocabulary).
+The weights are stored in {str(dtype).removeprefix("torch.")}, {f.file_bytes / 1e6:.1f} MB.
 
 ## Load
 

@@ -19,6 +19,8 @@ TENSORS, STATE = "tensors.safetensors", "state.json"
 def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], keep: int) -> Path:
     """Writes `folder`/step-NNNNNN and removes all but the newest `keep`; returns its path."""
     path = folder / f"step-{step:06d}"
+    for leftover in folder.glob(".step-*"):  # of a process that was killed while writing
+        shutil.rmtree(leftover)
     with atomic_folder(path) as temporary:
         save_tensors(temporary / TENSORS, tensors)
         save_json(temporary / STATE, state)

@@ -80,6 +80,7 @@ def eval_command(
     window: Annotated[int, typer.Option("--window", help="Tokens a window; windows do not overlap.")] = 1024,
     windows: Annotated[int | None, typer.Option("--windows", help="Score the first so many windows only.")] = None,
     device: Device = "auto",
+    dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = "float32",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the result to this file too.")] = None,
     quiet: Quiet = False,
 ) -> None:
@@ -89,21 +90,23 @@ def eval_command(
     from nuteprune.evaluate import perplexity, read_set
     from nuteprune.files import save_json
     from nuteprune.job import environment
-    from nuteprune.models import Source, pick_device, pick_dtype
+    from nuteprune.models import DTYPES, Source, pick_device
 
+    if dtype not in DTYPES:
+        raise NutePruneError(f"--dtype got {dtype!r}; allowed are {', '.join(DTYPES)}.")
     where = pick_device(device)
     name, text, joined = read_set(ppl, data_dir)
     source = Source.find(model)
     tokenizer = source.tokenizer(source.config().vocab_size)
-    loaded = source.model(where, pick_dtype("auto", where))
+    loaded = source.model(where, DTYPES[dtype])
     with _reporter(quiet).counter(f"perplexity on {name}") as progress:
         result = perplexity(
             loaded, tokenizer, text, name=name, joined=joined, window=window, windows=windows, progress=progress
         )
     if json_file is not None:
-        save_json(json_file, {"model": model, **result.to_dict(), "environment": environment(where)})
+        save_json(json_file, {"model": model, **result.to_dict(), "dtype": dtype, "environment": environment(where)})
     bits = f", {result.bits_per_byte:.4f} bits a byte" if result.bits_per_byte is not None else ""
-    print(f"{model}: perplexity {result.perplexity:.4f}{bits}\n{result.protocol}")
+    print(f"{model}: perplexity {result.perplexity:.4f}{bits}\n{result.protocol}, {dtype} on {where}")
 
 
 @app.command(name="inspect")
@@ -172,9 +175,6 @@ def main() -> None:
     except NutePruneError as error:
         print(f"nuteprune: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("nuteprune: stopped", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

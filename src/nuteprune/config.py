@@ -52,7 +52,8 @@ class PruneConfig:
     )
     data: tuple[str, ...] = _option(
         ("self",),
-        "Training text, repeatable (equal token shares): a text, .jsonl, .jsonl.gz or .parquet file, a hub data set id, "
+        "Training text, repeatable (equal token shares): a text, .jsonl, .jsonl.gz or .parquet file, a hub data set "
+        "(owner/name or owner/name:config), "
         "'pydoc' (the standard library's help pages), or 'self' (sampled from the intact model, kept in the run).",
         "needs no download",
         "Model and data",
@@ -63,7 +64,8 @@ class PruneConfig:
     # Size
     sparsity: float = _option(
         0.25,
-        "Share of the decoder-block parameters to remove (embeddings and head are not counted).",
+        "Share of the decoder-block parameters to remove (embeddings and head are not counted); the size taken is the "
+        "nearest not above the one asked.",
         "paper's 20-25 % range",
         "Size",
     )
@@ -137,7 +139,9 @@ class PruneConfig:
         "98 -> 75 perplexity one-shot at 25 % (design notes)",
         "Gates",
     )
-    gate_lr: float = _option(0.02, "Learning rate of the gates (Adam).", "0.02 beat 0.1 in short runs, design notes; the paper uses 0.1", "Gates")
+    gate_lr: float = _option(
+        0.02, "Learning rate of the gates (Adam).", "0.02 beat 0.1 in short runs, design notes; the paper uses 0.1", "Gates"
+    )
     gate_width: tuple[float, ...] = _option(
         (0.5, 0.05),
         "Deterministic gates: half-width of the soft band at the start and when the masks freeze.",
@@ -196,13 +200,21 @@ class PruneConfig:
 
     # Machine
     seed: int = _option(0, "Seed of data order, gate noise and initial LoRA weights.", "convention", "Machine")
-    device: str = _option("auto", "cpu, cuda, cuda:N, mps, or auto (the GPU if there is one).", "convention", "Machine")
+    device: str = _option("auto", "cpu, cuda, cuda:N, or auto (the GPU if there is one).", "convention", "Machine")
     dtype: str = _option(
         "auto",
-        "Precision of the frozen model: float32, bfloat16, or auto (bfloat16 on a GPU). Gates, LoRA, losses stay float32.",
+        "Precision of the frozen model: float32, bfloat16, or auto (bfloat16 on a GPU). "
+        "Gates and LoRA stay float32; losses are summed in float32.",
         "float32 is what a CPU runs well",
         "Machine",
         ("auto", "float32", "bfloat16"),
+    )
+    save_dtype: str = _option(
+        "auto",
+        "Precision of the exported weights: auto (that of the input checkpoint; float32 for GGUF), float32, bfloat16, float16.",
+        "the file shrinks with the model",
+        "Machine",
+        ("auto", "float32", "bfloat16", "float16"),
     )
     gradient_checkpointing: bool = _option(
         False, "Recompute activations in the backward pass to save memory.", "off: faster", "Machine"
@@ -303,7 +315,8 @@ class PruneConfig:
                 hint = f"; did you mean {close[0]}?" if close else f"; known are {', '.join(known)}."
                 raise ConfigError(f"unknown option {name!r}{hint}")
         recipe = options.get("recipe", "default")
-        return cls(**{**RECIPES.get(recipe, {}), **options})
+        defaults = RECIPES.get(recipe, {}) if isinstance(recipe, str) else {}
+        return cls(**{**defaults, **options})
 
     def replace(self, **changes: Any) -> PruneConfig:
         """A copy with some options changed, checked again."""

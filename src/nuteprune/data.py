@@ -26,6 +26,7 @@ from nuteprune.errors import DataError
 from nuteprune.files import save_tensors
 
 SELF, PYDOC = "self", "pydoc"
+_FILE_SUFFIXES = (".txt", ".md", ".raw", ".json", ".jsonl", ".gz", ".parquet")
 HELD_OUT = 5  # every fifth help page is kept for evaluation
 
 
@@ -40,7 +41,7 @@ def check_sources(sources: tuple[str, ...], text_key: str) -> None:
             continue
         path = Path(source)
         if not path.exists():
-            if path.suffix or source.count("/") != 1:
+            if source.count("/") != 1 or path.suffix in _FILE_SUFFIXES or path.parent.exists():
                 raise DataError(f"--data {source}: no such file; give a file, a hub id (owner/name), pydoc or self.")
             continue
         if sum(bool(text.strip()) for text in read_documents(source, text_key)) == 0:  # reads to the end
@@ -124,7 +125,7 @@ def _field(record: Any, key: str, where: str) -> str:
     if not isinstance(value, str):
         fields = ", ".join(record) if isinstance(record, dict) else type(record).__name__
         raise DataError(f"{where}: no text field {key!r} (there is {fields}); name it with --text-key.")
-    return value
+    return value.encode("utf-8", "replace").decode("utf-8")  # half of a surrogate pair, as JSON may hold, becomes "?"
 
 
 def _read_table(path: Path, key: str) -> Iterator[str]:
@@ -149,7 +150,8 @@ def _read_hub(source: str, key: str) -> Iterator[str]:
     from datasets import load_dataset
 
     try:
-        rows = load_dataset(source, split="train", streaming=True)
+        name, _, configuration = source.partition(":")
+        rows = load_dataset(name, configuration or None, split="train", streaming=True)
         for number, record in enumerate(rows):
             yield _field(record, key, f"{source}, row {number}")
     except DataError:
@@ -241,7 +243,7 @@ def build_blocks(
     """
     wanted = -(-(blocks + held_out) // len(sources)) * seq_len
     train, apart, total = [], [], 0
-    for source in sources:
+    for source in sorted(sources, key=lambda s: s == SELF):  # sampling is long, so it comes last
         ids: list[int] = []
         if source == SELF:
             assert sample is not None
@@ -271,13 +273,14 @@ def build_blocks(
 def _shuffled(source: str, text_key: str, seed: int, tokens: int) -> Iterator[str]:
     """Documents in random order; long ones in pieces, so that one book does not fill the budget.
 
-    Hub data is streamed: a multiple of the text needed is read and shuffled.
+    Of a very large source only a beginning is read and shuffled, about ten times the text needed.
     """
     texts: list[str] = []
-    budget = None if Path(source).exists() or source == PYDOC else 40 * tokens  # characters
+    room = max(2**26, 40 * tokens)  # characters
     for text in read_documents(source, text_key):
         texts += _pieces(text)
-        if budget is not None and (budget := budget - len(text)) < 0:
+        room -= len(text)
+        if room < 0:
             break
     random.Random(f"{seed}-{source}").shuffle(texts)
     yield from texts

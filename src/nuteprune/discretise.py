@@ -101,7 +101,7 @@ class Discretiser:
         """
         self.check(sparsity)
         budget = self.size.full * (1 - sparsity) * (1 + 1e-12)  # a whole number of parameters stays one
-        flat = {k: s.detach().double().cpu() for k, s in scores.items()}
+        flat = self._untied(scores)
         every = torch.cat([s.flatten() for s in flat.values()])
         span = (float(every.min()) - 1.0, float(every.max()) + 1.0)
         hidden = self._hidden(flat, budget, span)
@@ -143,7 +143,12 @@ class Discretiser:
         while count > multiple and self.size.at(heads, channels, count) > budget:  # no room even for the least of the others
             count -= multiple
         heads, channels = [dims.groups] * dims.layers, [self._most_channels()] * dims.layers
-        while count + multiple <= dims.hidden and self.size.at(heads, channels, count) < budget:  # the others cannot fill it
+        least_heads, least_channels, _ = self._least()
+        while (
+            count + multiple <= dims.hidden
+            and self.size.at(heads, channels, count) < budget  # all of the others do not fill the budget
+            and self.size.at(least_heads, least_channels, count + multiple) <= budget
+        ):
             count += multiple
         return _top(scores["hidden"], count)
 
@@ -170,6 +175,18 @@ class Discretiser:
             kept["intermediate"] = torch.ones(dims.layers, dims.intermediate, dtype=torch.bool)
         return kept
 
+    @staticmethod
+    def _untied(scores: Unit) -> Unit:
+        """Scores in float64 on the CPU with ties broken at random (always alike).
+
+        Hard-concrete gates pile up at the bounds of log_alpha; a threshold would take or drop such a pile as a whole.
+        """
+        generator = torch.Generator().manual_seed(0)
+        return {
+            kind: s.detach().double().cpu() + 1e-6 * torch.rand(s.shape, generator=generator, dtype=torch.float64)
+            for kind, s in sorted(scores.items())
+        }
+
     def _most_channels(self) -> int:
         """The largest width of a layer that the rounding allows."""
         multiple = self.rounding.intermediate if "intermediate" in self.kinds else 1
@@ -180,9 +197,9 @@ class Discretiser:
         return self.size.at(heads, channels, int(kept["hidden"].sum()))
 
     def _fill(self, scores: Unit, kept: Unit, budget: float) -> Unit:
-        """Adds the best steps of channels that still fit under the budget."""
+        """Adds the best steps of channels that still fit under the budget; KV groups where channels cannot fill it."""
+        room = budget - self._count(kept)
         if "intermediate" in self.kinds:
-            room = budget - self._count(kept)
             multiple = self.rounding.intermediate
             hidden = int(kept["hidden"].sum())
             cost = multiple * (hidden * self.size.channel_hidden + self.size.channel_const)
@@ -194,6 +211,15 @@ class Discretiser:
                 counts[int(candidates.argmax())] += multiple
                 room -= cost
             kept["intermediate"] = _top_rows(scores["intermediate"], counts)
+        if "heads" in self.kinds:
+            missing = torch.where(kept["heads"], -math.inf, scores["heads"]).flatten()
+            for index in missing.argsort(descending=True).tolist():
+                if missing[index] == -math.inf:
+                    break
+                kept["heads"].view(-1)[index] = True
+                if self._count(kept) > budget:
+                    kept["heads"].view(-1)[index] = False
+                    break
         return kept
 
     @staticmethod

@@ -41,6 +41,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """A temporary folder that becomes `path` (replacing an older one) when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
+    if old.exists() and not path.exists():  # a kill came between the two renames below
+        os.replace(old, path)
     for leftover in (temporary, old):
         shutil.rmtree(leftover, ignore_errors=True)
     temporary.mkdir()
@@ -50,11 +52,16 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             _flush(file)
         if path.exists():
             os.replace(path, old)
-        os.replace(temporary, path)
+        try:
+            os.replace(temporary, path)
+        except OSError:
+            if old.exists():
+                os.replace(old, path)
+            raise
         _flush(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def save_text(path: Path, text: str) -> None:

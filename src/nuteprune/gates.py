@@ -22,9 +22,15 @@ LOG_ALPHA_RANGE = (math.log(1e-2), math.log(1e2))  # the original clamps to it
 
 
 class Gate(Protocol):
-    """How log_alpha becomes a mask value. All tensors keep their shape."""
+    """How log_alpha becomes a mask value. All tensors keep their shape.
+
+    Attributes:
+        open: log_alpha of a gate that is open.
+        limits: the range that log_alpha is clamped to.
+    """
 
     open: float
+    limits: tuple[float, float]
 
     def sample(self, log_alpha: Tensor, generator: torch.Generator) -> Tensor:
         """Mask values for a training step, in [0, 1], differentiable."""
@@ -38,14 +44,12 @@ class Gate(Protocol):
     def anneal(self, progress: float) -> None:
         """Tells how much of the gates' training is done, 0 to 1."""
 
-    def clamp_(self, log_alpha: Tensor) -> None:
-        """Keeps a parameter in its allowed range, in place."""
-
 
 class HardConcrete:
     """s = sigmoid((log u - log(1-u) + log_alpha) / beta), z = clamp(s (zeta - gamma) + gamma, 0, 1) with u ~ U(0, 1)."""
 
     open = OPEN
+    limits = LOG_ALPHA_RANGE
 
     def sample(self, log_alpha: Tensor, generator: torch.Generator) -> Tensor:
         """One draw of z; the noise comes from the CPU generator, so that every device draws the same."""
@@ -64,10 +68,6 @@ class HardConcrete:
     def anneal(self, progress: float) -> None:
         """The distribution does not change."""
 
-    def clamp_(self, log_alpha: Tensor) -> None:
-        """[log 1e-2, log 1e2], as the original."""
-        log_alpha.clamp_(*LOG_ALPHA_RANGE)
-
 
 class Deterministic:
     """r = clamp(1.2 sigmoid(2.4 a / mu) - 0.1, 0, 1): a soft band of half-width mu that narrows as training goes on.
@@ -80,6 +80,8 @@ class Deterministic:
         start: mu at the start.
         end: mu when the gates' training ends; mu shrinks with the square root of progress.
     """
+
+    limits = (-math.inf, math.inf)
 
     def __init__(self, start: float, end: float) -> None:
         self._start, self._end = start, end
@@ -102,9 +104,6 @@ class Deterministic:
     def anneal(self, progress: float) -> None:
         """Mu = start + (end - start) sqrt(progress)."""
         self.mu = self._start + (self._end - self._start) * math.sqrt(min(max(progress, 0.0), 1.0))
-
-    def clamp_(self, log_alpha: Tensor) -> None:
-        """No range: only differences to the threshold matter."""
 
 
 class GateSet(nn.Module):
@@ -148,9 +147,9 @@ class GateSet(nn.Module):
 
     @torch.no_grad()
     def clamp_(self) -> None:
-        """Keeps the parameters in the gate's range."""
+        """Keeps the parameters in the gate's limits."""
         for a in self.log_alpha.values():
-            self.gate.clamp_(a)
+            a.clamp_(*self.gate.limits)
 
     def _complete(self, units: Unit) -> Unit:
         shapes = unit_shapes(self.dims)
@@ -174,11 +173,10 @@ class GateSet(nn.Module):
             spread = score.std()
             score = (score - score.mean()) / spread if spread > 1e-6 else torch.zeros_like(score)
             scores[kind] = score + (head_bias if kind == "heads" else 0.0)
-        # All gates start open: the weakest unit stands at the edge, or, for hard concrete, as near as its range allows.
+        # All gates start open: the weakest unit stands at the edge, or, where there are limits, as near as they allow.
         lowest = min(float(s.min()) for s in scores.values())
         highest = max(float(s.max()) for s in scores.values())
-        room = LOG_ALPHA_RANGE[1] - 1.0 if isinstance(self.gate, HardConcrete) else math.inf
-        scale = min(1.0, room / max(highest - lowest, 1e-6))
-        start = LOG_ALPHA_RANGE[1] - room if isinstance(self.gate, HardConcrete) else self.gate.open
+        start, top = min(self.gate.open, 1.0), self.gate.limits[1]
+        scale = min(1.0, (top - start) / max(highest - lowest, 1e-6))
         for kind, parameter in self.log_alpha.items():
             parameter.copy_(start + scale * (scores[kind] - lowest))

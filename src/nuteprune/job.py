@@ -22,20 +22,22 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from nuteprune import __version__
 from nuteprune.arch import Arch
 from nuteprune.card import Figures, model_card
+from nuteprune.checkpoint import checkpoints
 from nuteprune.config import PruneConfig, flag, read_yaml
 from nuteprune.data import SELF, Blocks, build_blocks, check_sources
-from nuteprune.errors import ConfigError
+from nuteprune.errors import ConfigError, TrainingError
 from nuteprune.evaluate import Perplexity, blocks_perplexity
 from nuteprune.export.hf import build_compact, check_equal, write_folder
 from nuteprune.files import atomic_folder, save_json, save_text
 from nuteprune.masking import LoraOptions
-from nuteprune.models import Source, describe, pick_device, pick_dtype
+from nuteprune.models import DTYPES, Source, describe, pick_device, pick_dtype
 from nuteprune.progress import MetricsFile, Reporter
 from nuteprune.sample import model_sampler
 from nuteprune.trainer import Trainer, make_discretiser
 
 CONFIG, BLOCKS, METRICS, RESULT, MODEL = "config.yaml", "data/blocks.safetensors", "metrics.jsonl", "result.json", "model"
 HELD_OUT = 32  # most blocks set apart for perplexity before and after
+HELD_OUT_NAME = "held-out blocks of the training text"
 COMPARED = 4  # blocks on which the compact model is compared with the masked one
 
 
@@ -75,14 +77,13 @@ def prune(config: PruneConfig, reporter: Reporter | None = None) -> PruneResult:
         ExportError: the compact model does not equal the masked one.
     """
     reporter = reporter or Reporter()
-    job = _Job.check(config)
     run = Path(config.out)
     check_folder(run)
-    with interruptible(reporter) as stop:
-        model = job.load(reporter)
+    job = _Job.check(config)
+    with _memory_errors(config):
         with atomic_folder(run) as temporary:
-            job.prepare(temporary, model, reporter)
-        return job.train_and_finish(run, model, reporter, stop, fresh=True)
+            model = job.prepare(temporary, reporter) or job.load(reporter)
+        return job.train_and_finish(run, model, reporter)
 
 
 def resume(run: str | Path, reporter: Reporter | None = None) -> PruneResult:
@@ -102,8 +103,8 @@ def resume(run: str | Path, reporter: Reporter | None = None) -> PruneResult:
     if (run / RESULT).is_file() and (run / MODEL).is_dir():
         raise ConfigError(f"run {run} is complete; its model is in {run / MODEL}.")
     job = _Job.check(PruneConfig.create(**read_yaml(run / CONFIG)), data=False)
-    with interruptible(reporter) as stop:
-        return job.train_and_finish(run, job.load(reporter), reporter, stop, fresh=not any(run.glob("checkpoints/step-*")))
+    with _memory_errors(job.config):
+        return job.train_and_finish(run, job.load(reporter), reporter)
 
 
 def check_folder(run: Path) -> None:
@@ -114,12 +115,26 @@ def check_folder(run: Path) -> None:
     """
     if run.is_file():
         raise ConfigError(f"--out {run} is a file; give a folder that does not exist yet.")
+    if run.absolute() == Path.cwd():
+        raise ConfigError(f"--out {run} is the current folder; give a folder in it.")
     if run.is_dir() and any(run.iterdir()):
         hint = f"go on with it by nuteprune resume {run}, or " if (run / CONFIG).exists() else ""
         raise ConfigError(f"--out {run} is not empty; {hint}give another folder.")
     parent = next(p for p in run.absolute().parents if p.exists())
-    if not os.access(parent, os.W_OK):
-        raise ConfigError(f"--out {run} cannot be made: {parent} is not writable.")
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ConfigError(f"--out {run} cannot be made: {parent} is not a folder that can be written to.")
+
+
+@contextmanager
+def _memory_errors(config: PruneConfig) -> Iterator[None]:
+    """Says what to do when the device's memory is full."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"the device's memory is full; lower --batch-size (now {config.batch_size}) or --seq-len (now {config.seq_len}), "
+            "or give --gradient-checkpointing. A run that has checkpoints goes on with nuteprune resume."
+        ) from error
 
 
 @contextmanager
@@ -177,14 +192,28 @@ class _Job:
             raise ConfigError(f"{flag('seq_len')} got {config.seq_len}; this model reads at most {longest} tokens.")
         return cls(config, source, dense, arch, source.tokenizer(arch.dims.vocab), device)
 
+    @property
+    def save_dtype(self) -> torch.dtype:
+        """Precision of the exported weights."""
+        wanted = self.config.save_dtype
+        own = str(getattr(self.dense, "dtype", None)).removeprefix("torch.")
+        return DTYPES.get(own, torch.float32) if wanted == "auto" else DTYPES[wanted]
+
     def load(self, reporter: Reporter) -> PreTrainedModel:
         """The intact model."""
         reporter.say(f"loading {self.source.name} on {self.device}")
         return self.source.model(self.device, pick_dtype(self.config.dtype, self.device))
 
-    def prepare(self, folder: Path, model: PreTrainedModel, reporter: Reporter) -> None:
-        """Writes config.yaml, env.json and the token blocks."""
+    def prepare(self, folder: Path, reporter: Reporter) -> PreTrainedModel | None:
+        """Writes config.yaml, env.json and the token blocks; returns the model if it was needed to sample text."""
         config = self.config
+        model: PreTrainedModel | None = None
+
+        def sample(wanted: int) -> Iterator[list[int]]:
+            nonlocal model
+            model = self.load(reporter)
+            yield from model_sampler(model, self.tokenizer, folder / "data/self.jsonl", config.seed, progress)(wanted)
+
         save_text(folder / CONFIG, config.to_yaml())
         save_json(folder / "env.json", environment(self.device))
         with reporter.counter("sampling text from the model" if SELF in config.data else "tokenising") as progress:
@@ -198,21 +227,30 @@ class _Job:
                 least=config.batch_size,
                 seed=config.seed,
                 text_key=config.text_key,
-                sample=model_sampler(model, self.tokenizer, folder / "data/self.jsonl", config.seed, progress),
+                sample=sample,
             )
+        return model
 
-    def train_and_finish(
-        self, run: Path, model: PreTrainedModel, reporter: Reporter, stop: Callable[[], bool], fresh: bool
-    ) -> PruneResult:
+    def train_and_finish(self, run: Path, model: PreTrainedModel, reporter: Reporter) -> PruneResult:
         """Trains from where the run stands, then exports and evaluates."""
         blocks = Blocks.open(run / BLOCKS)
-        trainer = Trainer(self.config, model, self.arch, blocks, run)
-        if fresh:
-            with reporter.counter("importance of units") as progress:
-                trainer.start(progress)
-        else:
-            trainer.load()
-            reporter.say(f"going on from step {trainer.state.step} of {trainer.total}")
+        trainer = Trainer(self.config, model, self.arch, blocks, run, reporter.warn)
+        try:
+            if checkpoints(run / "checkpoints"):
+                trainer.load()
+                reporter.say(f"going on from step {trainer.state.step} of {trainer.total}")
+            else:
+                with reporter.counter("importance of units") as progress:
+                    trainer.start(progress)
+            if self.train(run, trainer, reporter):
+                return PruneResult(run, True, self.finish(run, trainer, reporter))
+        except KeyboardInterrupt:  # before or after the steps, or the second Ctrl-C: the last checkpoint stands
+            pass
+        reporter.say(f"stopped at step {trainer.state.step}; go on with: nuteprune resume {run}")
+        return PruneResult(run, complete=False)
+
+    def train(self, run: Path, trainer: Trainer, reporter: Reporter) -> bool:
+        """The steps; whether they are complete."""
         metrics = MetricsFile(run / METRICS, trainer.state.step)
 
         def log(line: dict[str, Any]) -> None:
@@ -220,34 +258,32 @@ class _Job:
             reporter.step(line, trainer.total)
 
         try:
-            complete = trainer.run(log, stop)
+            with interruptible(reporter) as stop:
+                return trainer.run(log, stop)
         finally:
             reporter.close()
-        if not complete:
-            reporter.say(f"stopped at step {trainer.state.step}; go on with: nuteprune resume {run}")
-            return PruneResult(run, complete=False)
-        return PruneResult(run, True, self.finish(run, trainer, reporter))
 
     def finish(self, run: Path, trainer: Trainer, reporter: Reporter) -> Figures:
         """Compacts, compares, evaluates, writes model/ and result.json."""
         masked, masks, blocks = trainer.masked, trainer.masks, trainer.blocks
         assert masks is not None
-        apart = blocks.read(list(range(blocks.held_out)), "held_out") if blocks.held_out else None
+        apart = blocks.read(list(range(blocks.held_out)), "held_out").to(masked.device) if blocks.held_out else None
         dense = None
         if apart is not None:
             with reporter.counter("perplexity of the dense model") as progress, masked.role(None, None):
-                dense = blocks_perplexity(masked.logits, apart, "held-out blocks of the training text", progress)
-        dtype = masked.model.dtype
-        masked.model.float()  # folding and comparison are done in float32
+                dense = blocks_perplexity(masked.logits, apart, HELD_OUT_NAME, progress)
+        masked.model.float()  # comparison in float32; a bfloat16 base takes twice its memory from here on
         compact = build_compact(masked, masks, self.dense)
         compared = apart[:COMPARED] if apart is not None else blocks.read(list(range(min(COMPARED, blocks.count))))
         equality = check_equal(masked, masks, compact, compared)
         reporter.say(f"compact equals masked: largest logit difference {equality.largest:.2e} over {equality.tokens:,} tokens")
+        compact.to(dtype=self.save_dtype)  # type: ignore[call-arg]  # what is measured from here on is what is written
         pruned: Perplexity | None = None
         if apart is not None:
             with reporter.counter("perplexity of the pruned model") as progress:
-                pruned = blocks_perplexity(lambda x: compact(input_ids=x, use_cache=False).logits, apart, dense.text, progress)  # type: ignore[union-attr]
-        compact.to(dtype)
+                pruned = blocks_perplexity(
+                    lambda x: compact(input_ids=x, use_cache=False).logits, apart, HELD_OUT_NAME, progress
+                )
         figures: Figures | None = None
 
         def card(folder: Path) -> str:
@@ -264,7 +300,7 @@ class _Job:
                 tokens=trainer.state.tokens,
                 seconds=trainer.state.seconds,
             )
-            return model_card(self.source.name, self.config, figures, masks)
+            return model_card(self.source.name, self.config, figures, masks, compact.dtype)
 
         write_folder(run / MODEL, compact, self.tokenizer, masked.model.generation_config, card)
         assert figures is not None

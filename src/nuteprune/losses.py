@@ -137,7 +137,7 @@ def hidden_loss(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], kept: 
     """Hidden-state term over the layers.
 
     Args:
-        student: hidden states after each layer, each [batch, tokens, hidden].
+        student: hidden states after the layers, each [batch, tokens, hidden].
         teacher: the teacher's.
         kept: [hidden], the student's hidden mask; channels at zero are left out.
         kind: "plain": sum over layers of the mean squared error over kept channels (the original's term);

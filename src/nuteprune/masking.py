@@ -66,7 +66,7 @@ class DecoderOutput:
 
     Attributes:
         last: hidden states after the final norm, [batch, tokens, hidden].
-        layers: hidden states after each layer, each [batch, tokens, hidden]; empty unless asked for.
+        layers: hidden states after each layer but the last, each [batch, tokens, hidden]; empty unless asked for.
     """
 
     last: Tensor
@@ -211,11 +211,11 @@ class MaskedModel:
 
         Args:
             input_ids: [batch, tokens], int64.
-            layer_states: also return the hidden states after each layer.
+            layer_states: also return the hidden states after each layer but the last (transformers gives that one normed).
         """
         decoder = getattr(self.model, self.model.base_model_prefix)
         out = decoder(input_ids=input_ids, use_cache=False, output_hidden_states=layer_states)
-        return DecoderOutput(out.last_hidden_state, tuple(out.hidden_states[1:]) if layer_states else ())
+        return DecoderOutput(out.last_hidden_state, tuple(out.hidden_states[1:-1]) if layer_states else ())
 
     @property
     def head(self) -> nn.Linear:

@@ -44,10 +44,6 @@ class Masks:
         """The masks on a device."""
         return Masks(**{kind: t.to(device) for kind, t in self.tensors().items()})
 
-    def detach(self) -> Masks:
-        """The masks without their graph."""
-        return Masks(**{kind: t.detach() for kind, t in self.tensors().items()})
-
     def kept(self, axis: Axis, layer: int, dims: Dims) -> Tensor:
         """Indices that survive along an axis of layer `layer`, int64, ascending."""
         if axis is Axis.HIDDEN:

