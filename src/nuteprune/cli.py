@@ -134,7 +134,7 @@ def demo_command(
     out: Annotated[Path, typer.Option("--out", help="Run folder.")] = Path("runs/demo"),
     tokens: Annotated[
         int, typer.Option("--tokens", help="Training tokens; the default ends within about 15 minutes on 2 cores.")
-    ] = 61_440,
+    ] = 40_960,
 ) -> None:
     """Prunes SmolLM2-135M by 25 % and compares dense and pruned on text not trained on."""
     from nuteprune.demo import run_demo
