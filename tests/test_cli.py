@@ -179,6 +179,23 @@ def test_bad_folders_and_models(call: Any, tmp_path: Path, model_folder: Path, t
     assert not (tmp_path / "run").exists()
 
 
+def test_a_folder_that_fills_meanwhile_is_not_replaced(
+    call: Any, tmp_path: Path, model_folder: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nuteprune.models import Source
+
+    load = Source.model
+
+    def slow(*args: Any) -> Any:
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run/other.txt").write_text("another run's")
+        return load(*args)
+
+    monkeypatch.setattr(Source, "model", slow)
+    _is_one_sentence(*call("prune", "--quiet", *_args(tmp_path, model_folder, text_file)), r"run is not empty")
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["other.txt"]
+
+
 def test_tokenizer_that_does_not_fit(call: Any, tmp_path: Path, text_file: Path) -> None:
     folder = tmp_path / "small"
     tiny_config(vocab_size=40).save_pretrained(folder)

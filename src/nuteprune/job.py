@@ -83,6 +83,7 @@ def prune(config: PruneConfig, reporter: Reporter | None = None) -> PruneResult:
     with _memory_errors(config):
         with atomic_folder(run) as temporary:
             model = job.prepare(temporary, reporter) or job.load(reporter)
+            check_folder(run)  # another run may have taken the place meanwhile
         return job.train_and_finish(run, model, reporter)
 
 
@@ -240,7 +241,8 @@ class _Job:
                 trainer.load()
                 reporter.say(f"going on from step {trainer.state.step} of {trainer.total}")
             else:
-                with reporter.counter("importance of units") as progress:
+                taylor = self.config.gate_init == "taylor"
+                with reporter.counter("importance of units" if taylor else "first checkpoint") as progress:
                     trainer.start(progress)
             if self.train(run, trainer, reporter):
                 return PruneResult(run, True, self.finish(run, trainer, reporter))
