@@ -24,7 +24,8 @@ class Figures:
         blocks_before, blocks_after: parameters of the decoder blocks.
         total_before, total_after: parameters of the whole model.
         file_bytes: size of the safetensors files.
-        equality: comparison of compact and masked model.
+        equality: comparison of compact and masked model, float32.
+        exact: the same in float64, where rounding plays no part; None for large models.
         dense, pruned: perplexity before and after, or None where the text was too short to hold any out.
         tokens: training tokens.
         seconds: time in training steps.
@@ -36,6 +37,7 @@ class Figures:
     total_after: int
     file_bytes: int
     equality: Equality
+    exact: Equality | None
     dense: Perplexity | None
     pruned: Perplexity | None
     tokens: int
@@ -58,6 +60,7 @@ class Figures:
             "model": {"before": self.total_before, "after": self.total_after, "removed": self.total_sparsity},
             "file_bytes": self.file_bytes,
             "largest_logit_difference": self.equality.largest,
+            "largest_logit_difference_float64": self.exact.largest if self.exact else None,
             "compared_tokens": self.equality.tokens,
             "perplexity_before": self.dense.to_dict() if self.dense else None,
             "perplexity_after": self.pruned.to_dict() if self.pruned else None,
@@ -79,6 +82,7 @@ def model_card(base: str, config: PruneConfig, figures: Figures, masks: Masks, d
         perplexities = f"\n| perplexity | {f.dense.perplexity:.2f} | {f.pruned.perplexity:.2f} |"
         perplexities += f" x {f.pruned.perplexity / f.dense.perplexity:.3f} |"
     protocol = f"\nPerplexity: {f.pruned.protocol}.\n" if f.pruned is not None else ""
+    exact = f"; {f.exact.largest:.2e} in float64" if f.exact is not None else ""
     options = {k: v for k, v in config.to_dict().items() if k not in ("model", "out")}
     options["data"] = [Path(d).name if Path(d).exists() else d for d in config.data]  # no folders of this machine
     recipe = yaml.safe_dump(options, sort_keys=False)
@@ -98,7 +102,7 @@ of rows.
 | all parameters | {f.total_before:,} | {f.total_after:,} | -{100 * f.total_sparsity:.2f} % |{perplexities}
 {protocol}
 Largest logit difference between this checkpoint and the masked model it was trained as: {f.equality.largest:.2e}
-(float32, {f.equality.tokens:,} tokens of real text, whole vocabulary).
+(float32{exact}, {f.equality.tokens:,} tokens of real text, whole vocabulary).
 The weights are stored in {str(dtype).removeprefix("torch.")}, {f.file_bytes / 1e6:.1f} MB.
 
 ## Load

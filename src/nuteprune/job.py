@@ -27,7 +27,7 @@ from nuteprune.config import PruneConfig, flag, read_yaml
 from nuteprune.data import SELF, Blocks, build_blocks, check_sources
 from nuteprune.errors import ConfigError, TrainingError
 from nuteprune.evaluate import Perplexity, blocks_perplexity
-from nuteprune.export.hf import build_compact, check_equal, write_folder
+from nuteprune.export.hf import Equality, compare_in, write_folder
 from nuteprune.files import atomic_folder, save_json, save_text
 from nuteprune.masking import LoraOptions
 from nuteprune.models import DTYPES, Source, describe, pick_device, pick_dtype
@@ -38,6 +38,7 @@ from nuteprune.trainer import Trainer, make_discretiser
 CONFIG, BLOCKS, METRICS, RESULT, MODEL = "config.yaml", "data/blocks.safetensors", "metrics.jsonl", "result.json", "model"
 HELD_OUT = 32  # most blocks set apart for perplexity before and after
 HELD_OUT_NAME = "held-out blocks of the training text"
+EXACT_LIMIT = 5e8  # parameters up to which the comparison is made in float64 too
 COMPARED = 4  # blocks on which the compact model is compared with the masked one
 
 
@@ -274,11 +275,16 @@ class _Job:
         if apart is not None:
             with reporter.counter("perplexity of the dense model") as progress, masked.role(None, None):
                 dense = blocks_perplexity(masked.logits, apart, HELD_OUT_NAME, progress)
-        masked.model.float()  # comparison in float32; a bfloat16 base takes twice its memory from here on
-        compact = build_compact(masked, masks, self.dense)
         compared = apart[:COMPARED] if apart is not None else blocks.read(list(range(min(COMPARED, blocks.count))))
-        equality = check_equal(masked, masks, compact, compared)
-        reporter.say(f"compact equals masked: largest logit difference {equality.largest:.2e} over {equality.tokens:,} tokens")
+        exact: Equality | None = None
+        if self.arch.total <= EXACT_LIMIT:  # float64 tells errors of folding from rounding
+            _, exact = compare_in(torch.float64, masked, masks, self.dense, compared)
+        # float32 is what counts; a bfloat16 base takes twice its memory from here on
+        compact, equality = compare_in(torch.float32, masked, masks, self.dense, compared)
+        also = f" ({exact.largest:.2e} in float64)" if exact is not None else ""
+        reporter.say(
+            f"compact equals masked: largest logit difference {equality.largest:.2e}{also} over {equality.tokens:,} tokens"
+        )
         compact.to(dtype=self.save_dtype)  # type: ignore[call-arg]  # what is measured from here on is what is written
         pruned: Perplexity | None = None
         if apart is not None:
@@ -297,6 +303,7 @@ class _Job:
                 total_after=sum(p.numel() for p in compact.parameters()),
                 file_bytes=sum(p.stat().st_size for p in folder.glob("*.safetensors")),
                 equality=equality,
+                exact=exact,
                 dense=dense,
                 pruned=pruned,
                 tokens=trainer.state.tokens,

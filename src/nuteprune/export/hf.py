@@ -26,7 +26,7 @@ class Equality:
     """How near the compact model is to the masked one.
 
     Attributes:
-        largest: largest absolute difference of logits, float32.
+        largest: largest absolute difference of logits.
         tokens: tokens compared, over the whole vocabulary.
         scale: largest absolute logit of the masked model.
     """
@@ -34,6 +34,19 @@ class Equality:
     largest: float
     tokens: int
     scale: float
+
+
+def compare_in(
+    dtype: torch.dtype, masked: MaskedModel, masks: Masks, dense: PretrainedConfig, blocks: Tensor
+) -> tuple[PreTrainedModel, Equality]:
+    """Builds the compact model in a precision and compares it there; the masked model stays in that precision.
+
+    Raises:
+        ExportError: they differ by more than `TOLERANCE`.
+    """
+    masked.model.to(dtype=dtype)  # type: ignore[call-arg]
+    compact = build_compact(masked, masks, dense)
+    return compact, check_equal(masked, masks, compact, blocks)
 
 
 def compact_config(dense: PretrainedConfig, masks: Masks) -> PretrainedConfig:
@@ -101,7 +114,7 @@ def _fill_buffers(model: PreTrainedModel, device: torch.device) -> None:
 def check_equal(
     masked: MaskedModel, masks: Masks, compact: PreTrainedModel, blocks: Tensor, tolerance: float = TOLERANCE
 ) -> Equality:
-    """Compares logits of the compact and the masked model on real text, in float32.
+    """Compares logits of the compact and the masked model on real text, in the precision that both are in.
 
     Args:
         masked: the model with its LoRA weights; its masks are set to `masks`.
@@ -118,8 +131,8 @@ def check_equal(
     with torch.no_grad():
         for row in blocks:
             ids = row.unsqueeze(0).to(masked.device)
-            reference = masked.logits(ids).float()
-            found = compact(input_ids=ids, use_cache=False).logits.float()
+            reference = masked.logits(ids)
+            found = compact(input_ids=ids, use_cache=False).logits
             difference = (found - reference).abs().max()
             largest = max(largest, float(difference)) if difference.isfinite() else float("inf")
             scale = max(scale, float(reference.abs().max()))
