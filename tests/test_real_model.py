@@ -33,7 +33,7 @@ def test_quarter_of_the_blocks(units: tuple[str, ...], tmp_path: Path) -> None:
     assert 0.25 <= removed < 0.252
     assert result.figures.equality.largest < 3e-4  # float32 alone rounds to about 1e-4 here
     assert result.figures.exact is not None
-    assert result.figures.exact.largest < 1e-5
+    assert result.figures.exact.largest < 1e-4  # with hidden channels, stock norms round to float32 even here
 
     model, tokenizer = load(result.model)
     prompt = tokenizer("The capital of France is", return_tensors="pt")
