@@ -140,14 +140,13 @@ class Discretiser:
         count = max(multiple, round(wanted / multiple) * multiple)
         count = min(count, dims.hidden // multiple * multiple)
         heads, channels, _ = self._least()
+        every_head, every_channel = [dims.groups] * dims.layers, [self._most_channels()] * dims.layers
         while count > multiple and self.size.at(heads, channels, count) > budget:  # no room even for the least of the others
             count -= multiple
-        heads, channels = [dims.groups] * dims.layers, [self._most_channels()] * dims.layers
-        least_heads, least_channels, _ = self._least()
         while (
             count + multiple <= dims.hidden
-            and self.size.at(heads, channels, count) < budget  # all of the others do not fill the budget
-            and self.size.at(least_heads, least_channels, count + multiple) <= budget
+            and self.size.at(every_head, every_channel, count) < budget  # all of the others do not fill the budget
+            and self.size.at(heads, channels, count + multiple) <= budget
         ):
             count += multiple
         return _top(scores["hidden"], count)

@@ -114,13 +114,14 @@ class Source:
         Raises:
             ConfigError: the weights cannot be read.
         """
-        config = self.config()
         base: Any = AutoModelForCausalLM
+        own: dict[str, Any] = {}
         transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-        if config.model_type.startswith(pruned.PREFIX):
-            base = _pruned_class(config.model_type, "ForCausalLM")
+        if not self.gguf_file:  # a GGUF file brings its configuration; reading it here too would take seconds
+            config = own["config"] = self.config()
+            if config.model_type.startswith(pruned.PREFIX):
+                base = _pruned_class(config.model_type, "ForCausalLM")
         try:
-            own = {} if self.gguf_file else {"config": config}
             model, info = base.from_pretrained(self.where, dtype=dtype, output_loading_info=True, **own, **self.arguments)
         except _UNREADABLE as error:
             reason = " ".join(str(error).split())[:300]
