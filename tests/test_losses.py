@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from nuteprune import losses
-from nuteprune.losses import head_loss, hidden_loss
+from nuteprune.losses import HiddenLoss, head_loss
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2 / 3])
@@ -16,7 +18,7 @@ from nuteprune.losses import head_loss, hidden_loss
 def test_head_loss_equals_plain_autograd(
     temperature: float, kl_weight: float, lm_weight: float, bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(losses._CHUNK_VALUES, "cpu", 1)  # chunks of 16 rows: several of them, the last one short
+    monkeypatch.setitem(losses._CHUNK_VALUES, "cpu", 1)  # several chunks of at most 16 rows
     g = torch.Generator().manual_seed(0)
     student = torch.randn(3, 15, 12, generator=g, requires_grad=True)
     teacher = torch.randn(3, 15, 12, generator=g)
@@ -57,19 +59,55 @@ def test_trainable_head_is_refused() -> None:
         head_loss(torch.randn(1, 3, 4), None, torch.zeros(1, 3, dtype=torch.long), weight, lm_weight=1.0)
 
 
+def _hidden(student: list[torch.Tensor], teacher: list[torch.Tensor], kept: torch.Tensor, kind: str) -> torch.Tensor:
+    loss = HiddenLoss(list(teacher), kept, kind)
+    for layer, state in enumerate(student):
+        loss.add(layer, state)
+    return loss.total
+
+
+@pytest.mark.parametrize("kind", ["plain", "normalised"])
+def test_hidden_loss_equals_plain_autograd(kind: str) -> None:
+    t = [torch.randn(2, 5, 6) for _ in range(3)]
+    s = [(x + torch.randn_like(x)).requires_grad_() for x in t]
+    kept = torch.tensor([0.0, 1, 0.3, 0.5, 1, 1])
+    found = _hidden(s, t, kept, kind)
+    alive = kept != 0
+    if kind == "plain":
+        wanted = sum(F.mse_loss(a[..., alive], b[..., alive]) for a, b in zip(s, t, strict=True))
+    else:
+        ratios = [
+            ((a - b)[..., alive].square().sum(-1) / b[..., alive].square().sum(-1)).mean() for a, b in zip(s, t, strict=True)
+        ]
+        wanted = sum(ratios) / len(s)
+    assert isinstance(wanted, torch.Tensor)
+    torch.testing.assert_close(found, wanted)
+    for one, two in zip(torch.autograd.grad(3 * found, s), torch.autograd.grad(3 * wanted, s), strict=True):
+        torch.testing.assert_close(one, two)
+
+
+def test_hidden_loss_lets_go_of_teacher_states_one_by_one() -> None:
+    teacher = [torch.randn(1, 2, 4) for _ in range(3)]
+    held = [weakref.ref(x) for x in teacher]
+    loss = HiddenLoss(teacher, torch.ones(4), "plain")
+    for layer in range(3):
+        loss.add(layer, torch.randn(1, 2, 4, requires_grad=True))
+        assert [h() is None for h in held] == [n <= layer for n in range(3)]
+
+
 def test_hidden_loss_leaves_out_removed_channels() -> None:
-    t = tuple(torch.randn(2, 5, 6) for _ in range(3))
-    s = tuple(x.clone() for x in t)
+    t = [torch.randn(2, 5, 6) for _ in range(3)]
+    s = [x.clone() for x in t]
     for x in s:
         x[..., 0] += 100.0
     kept = torch.tensor([0.0, 1, 1, 0.5, 1, 1])
     for kind in ("plain", "normalised"):
-        assert hidden_loss(s, t, kept, kind).item() == 0.0
-        assert hidden_loss(s, t, torch.ones(6), kind).item() > 1.0
+        assert _hidden(s, t, kept, kind).item() == 0.0
+        assert _hidden(s, t, torch.ones(6), kind).item() > 1.0
 
 
 def test_plain_hidden_loss_is_a_sum_over_layers_and_normalised_a_ratio() -> None:
-    t = (torch.full((1, 2, 4), 2.0),) * 3
-    s = (torch.full((1, 2, 4), 3.0),) * 3
-    assert hidden_loss(s, t, torch.ones(4), "plain").item() == pytest.approx(3.0)
-    assert hidden_loss(s, t, torch.ones(4), "normalised").item() == pytest.approx(0.25)
+    t = [torch.full((1, 2, 4), 2.0)] * 3
+    s = [torch.full((1, 2, 4), 3.0)] * 3
+    assert _hidden(s, t, torch.ones(4), "plain").item() == pytest.approx(3.0)
+    assert _hidden(s, t, torch.ones(4), "normalised").item() == pytest.approx(0.25)

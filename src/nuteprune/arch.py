@@ -27,6 +27,7 @@ class Axis(StrEnum):
     INTERMEDIATE = "intermediate"
     HEAD_DIM = "head_dim"  # never pruned
     VOCAB = "vocab"  # never pruned
+    RANK = "rank"  # of LoRA
 
 
 @dataclass(frozen=True)

@@ -219,6 +219,12 @@ class PruneConfig:
     gradient_checkpointing: bool = _option(
         False, "Recompute activations in the backward pass to save memory.", "off: faster", "Machine"
     )
+    compile: bool = _option(
+        False,
+        "Compile the decoder layers with torch.compile; the first steps take minutes.",
+        "off: see benchmarks/README.md",
+        "Machine",
+    )
     checkpoint_every: int = _option(50, "Steps between two checkpoints.", "minutes of work at most", "Machine")
     keep_checkpoints: int = _option(2, "Checkpoints to keep.", "the newest and one to fall back on", "Machine")
     recipe: str = _option(

@@ -32,7 +32,7 @@ def taylor(masked: MaskedModel, sequences: Tensor, progress: Callable[[int, int]
         leaves = {kind: t.requires_grad_() for kind, t in masks.tensors().items() if kind in masked.kinds}
         masked.set_masks(masks)
         ids = row.unsqueeze(0).to(masked.device)
-        loss = head_loss(masked.forward(ids).last, None, ids, masked.head.weight, masked.head.bias, lm_weight=1.0)
+        loss = head_loss(masked.forward(ids), None, ids, masked.head.weight, masked.head.bias, lm_weight=1.0)
         for kind, gradient in zip(leaves, torch.autograd.grad(loss.total, list(leaves.values())), strict=True):
             total[kind] = total.get(kind, torch.zeros(1)) + gradient.abs().float().cpu()
         if progress is not None:

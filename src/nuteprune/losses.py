@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_CHUNK_VALUES = {"cpu": 2**22, "cuda": 2**25}  # logits held at once
+_CHUNK_VALUES = {"cpu": 2**24, "cuda": 2**26}  # logits of one model held at once; smaller chunks make slower products
 
 
 @dataclass(frozen=True)
@@ -47,36 +48,39 @@ class _FusedHead(torch.autograd.Function):
         lm_weight: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         tokens, scored = student.shape[0], max(int((labels >= 0).sum()), 1)
-        chunk = max(16, _CHUNK_VALUES.get(student.device.type, 2**22) // weight.shape[0])
-        gradient = torch.empty_like(student)
+        gradient = torch.zeros_like(student)
         kl_sum = torch.zeros((), dtype=torch.float64, device=student.device)
         lm_sum = torch.zeros_like(kl_sum)
-        for start in range(0, tokens, chunk):
-            rows = slice(start, start + chunk)
+        for rows in _chunks(tokens, weight.shape[0], student.device):
             logits = F.linear(student[rows], weight, bias).float()
-            grad_logits: Tensor | None = None
-            log_q1 = logits.log_softmax(-1) if lm_weight or teacher is None or temperature == 1.0 else None
-            wanted = labels[rows]
-            valid = wanted >= 0
-            target = wanted.clamp_min(0).unsqueeze(1)
-            if log_q1 is not None:
-                picked = log_q1.gather(1, target).squeeze(1)
-            else:
-                picked = logits.gather(1, target).squeeze(1) - logits.logsumexp(-1)
-            lm_sum += -(picked * valid).sum()
+            valid, target = labels[rows] >= 0, labels[rows].clamp_min(0).unsqueeze(1)
+            top = logits.amax(-1)
+            picked = logits.gather(1, target).squeeze(1)
+            towards: Tensor | None = None  # gradient of the logits
+            if lm_weight or temperature != 1.0 or teacher is None:
+                q = logits.softmax(-1)
+                lm_sum += ((top - q.amax(-1).log() - picked) * valid).sum()  # top - log q(top) is logsumexp
+                if lm_weight:
+                    q.scatter_add_(1, target, -torch.ones_like(target, dtype=q.dtype))
+                    towards = q.mul_((valid * (lm_weight / scored)).unsqueeze(1))
             if teacher is not None:
-                log_p = (F.linear(teacher[rows], weight, bias).float() / temperature).log_softmax(-1)
-                log_q = log_q1 if temperature == 1.0 and log_q1 is not None else (logits / temperature).log_softmax(-1)
-                p = log_p.exp()
-                kl_sum += (p * (log_p - log_q)).sum()
+                other = F.linear(teacher[rows], weight, bias).float()
+                if temperature != 1.0:
+                    logits, other, top = logits.div_(temperature), other.div_(temperature), top / temperature
+                highest = other.amax(-1)
+                p = other.softmax(-1)
+                gap = torch.linalg.vecdot(p, other.sub_(logits))
+                q = torch.softmax(logits, -1, out=logits)
+                most = q.amax(-1).log()
+                # sum p (log p - log q) = sum p (t - s) - logsumexp(t) + logsumexp(s), for logits t and s
+                kl_sum += (gap - (highest - p.amax(-1).log()) + (top - most)).sum()
+                if temperature == 1.0 and not lm_weight:
+                    lm_sum += ((top - most - picked) * valid).sum()
                 # d [T^2 KL] / d logits = T (q - p)
-                grad_logits = (log_q.exp() - p).mul_(kl_weight * temperature / tokens)
-            if lm_weight and log_q1 is not None:
-                q = log_q1.exp()
-                q.scatter_add_(1, target, -torch.ones_like(target, dtype=q.dtype))
-                q *= (valid * (lm_weight / scored)).unsqueeze(1)
-                grad_logits = q if grad_logits is None else grad_logits.add_(q)
-            gradient[rows] = 0.0 if grad_logits is None else (grad_logits.to(weight.dtype) @ weight).to(gradient.dtype)
+                towards_teacher = q.sub_(p).mul_(kl_weight * temperature / tokens)
+                towards = towards_teacher if towards is None else towards.add_(towards_teacher)
+            if towards is not None:
+                gradient[rows] = (towards.to(weight.dtype) @ weight).to(gradient.dtype)
         kl, lm = kl_sum / tokens, lm_sum / scored
         total = kl_weight * temperature**2 * kl + lm_weight * lm if teacher is not None else lm_weight * lm
         ctx.save_for_backward(gradient)
@@ -87,6 +91,14 @@ class _FusedHead(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return (gradient * grads[0].to(gradient.dtype), *([None] * 7))
+
+
+def _chunks(tokens: int, vocab: int, device: torch.device) -> Iterator[slice]:
+    """Rows to take at a time: as even as possible, few enough for their logits to fit the limit."""
+    most = max(16, _CHUNK_VALUES.get(device.type, 2**24) // vocab)
+    count = -(-tokens // most)
+    size = -(-tokens // count)
+    return (slice(start, min(start + size, tokens)) for start in range(0, tokens, size))
 
 
 def head_loss(
@@ -133,26 +145,63 @@ def head_loss(
     return HeadLoss(total, float("nan") if teacher is None else float(kl), float(lm))
 
 
-def hidden_loss(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], kept: Tensor, kind: str) -> Tensor:
-    """Hidden-state term over the layers.
+class _HiddenTerm(torch.autograd.Function):
+    """The hidden-state term of one layer, with its gradient computed at once, so that nothing else has to be kept."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, alive: Tensor, kind: str) -> Tensor:
+        gap = (student.float() - teacher.float()).mul_(alive)
+        squared = gap.square().sum(-1)
+        if kind == "plain":
+            scale = 1.0 / (squared.numel() * alive.sum().clamp_min(1))
+        else:
+            scale = 1.0 / (squared.numel() * (teacher.float().square() * alive).sum(-1).clamp_min(1e-12))
+        term = (squared * scale).sum()
+        ctx.save_for_backward(gap.mul_(2 * scale.unsqueeze(-1)).to(student.dtype))
+        return term
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grads[0].to(gradient.dtype), None, None, None
+
+
+def hidden_term(student: Tensor, teacher: Tensor, kept: Tensor, kind: str) -> Tensor:
+    """Hidden-state term of one layer.
 
     Args:
-        student: hidden states after the layers, each [batch, tokens, hidden].
-        teacher: the teacher's.
+        student: hidden states after the layer, [batch, tokens, hidden].
+        teacher: the teacher's; not needed once this returns.
         kept: [hidden], the student's hidden mask; channels at zero are left out.
-        kind: "plain": sum over layers of the mean squared error over kept channels (the original's term);
-            "normalised": mean over layers and tokens of |s - t|^2 / |t|^2.
+        kind: "plain": the mean squared error over kept channels (the original sums it over layers); "normalised":
+            |s - t|^2 / |t|^2, mean over tokens.
 
     Returns:
         A scalar, float32.
     """
-    alive = (kept.detach() != 0).float().to(student[0].device)
-    total = torch.zeros((), device=student[0].device)
-    for s, t in zip(student, teacher, strict=True):
-        error = ((s.float() - t.float()).square() * alive).sum(-1)
-        if kind == "plain":
-            total = total + error.mean() / alive.sum().clamp_min(1)
-        else:
-            norm = (t.float().square() * alive).sum(-1).clamp_min(1e-12)
-            total = total + (error / norm).mean() / len(student)
-    return total
+    alive = (kept.detach() != 0).float().to(student.device)
+    return _HiddenTerm.apply(student, teacher, alive, kind)  # type: ignore[no-any-return]
+
+
+class HiddenLoss:
+    """Sums the hidden-state terms while the student's layers run; each teacher state is let go as soon as it is used.
+
+    Args:
+        teacher: the teacher's hidden states after each layer but the last; the list is emptied.
+        kept: [hidden], the student's hidden mask.
+        kind: "plain", summed over layers, or "normalised", averaged over them.
+
+    Attributes:
+        total: the loss so far, a scalar, float32.
+    """
+
+    def __init__(self, teacher: list[Tensor], kept: Tensor, kind: str) -> None:
+        self._teacher = dict(enumerate(teacher))
+        self._kept, self._kind = kept, kind
+        self._share = 1.0 if kind == "plain" else 1.0 / max(len(teacher), 1)
+        self.total = torch.zeros((), device=kept.device)
+        teacher.clear()
+
+    def add(self, layer: int, student: Tensor) -> None:
+        """Takes the student's hidden states after a layer, [batch, tokens, hidden]."""
+        self.total = self.total + self._share * hidden_term(student, self._teacher.pop(layer), self._kept, self._kind)

@@ -1,7 +1,7 @@
 """One frozen model in many roles: masks and LoRA weights make it the student, a teacher, or itself again.
 
-Masks act through forward hooks on the stock modules, attached after LoRA wraps them, so that the LoRA branch is masked
-too. Nothing of the base model is copied or changed.
+Masks act on the input or output of the stock modules, outside of LoRA, so that the LoRA branch is masked too. A role
+switch moves pointers; nothing of the base model is copied. `arrange` alone touches it: it puts units in another order.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from nuteprune.arch import Arch, Axis, Linear, layers, submodule
+from nuteprune.arch import Arch, Axis, Dims, Linear, layers, submodule
+from nuteprune.arrangement import Arrangement, Widths
 from nuteprune.errors import ConfigError
+from nuteprune.linear import MaskedLoraLinear, mask_hooks
 from nuteprune.masks import Masks
 
 # Where the mask of a kind acts: on the input of the linears that read this axis.
@@ -60,90 +62,154 @@ class LoraOptions:
         return [known[t] for t in self.targets]
 
 
+Observer = Callable[[int, Tensor], None]
+
+
 @dataclass(frozen=True)
-class DecoderOutput:
-    """What a forward pass yields.
+class Role:
+    """What the model plays: a student or teacher.
 
     Attributes:
-        last: hidden states after the final norm, [batch, tokens, hidden].
-        layers: hidden states after each layer but the last, each [batch, tokens, hidden]; empty unless asked for.
+        scales: mask values by kind, as modules take them; empty for no masks.
+        lora: LoRA weights by name; None for none (in `playing`).
+        widths: units computed in each layer.
     """
 
-    last: Tensor
-    layers: tuple[Tensor, ...] = ()
+    scales: dict[str, list[Tensor]]
+    lora: dict[str, Tensor] | None
+    widths: Widths
+
+
+@dataclass(frozen=True)
+class BaseWeight:
+    """A frozen parameter of a layer that roles can use in part.
+
+    Attributes:
+        parameter: the module's parameter.
+        full: its whole data.
+        layer: layer index.
+        axes: its axes.
+    """
+
+    parameter: nn.Parameter
+    full: Tensor
+    layer: int
+    axes: tuple[Axis, ...]
+
+    def narrow(self, dims: Dims, widths: Widths) -> None:
+        """Lets the module see the first units only; a view."""
+        data = self.full
+        for position, axis in enumerate(self.axes):
+            if axis is Axis.INTERMEDIATE:
+                data = data.narrow(position, 0, widths.intermediate[self.layer])
+            elif axis in (Axis.QUERY, Axis.KV):
+                data = data.narrow(position, 0, widths.heads[self.layer] * (dims.size(axis) // dims.groups))
+        self.parameter.data = data
 
 
 class MaskedModel:
-    """A stock causal language model, frozen, with LoRA weights and mask hooks.
+    """A stock causal language model, frozen, with LoRA weights and masks.
 
     Args:
         model: the intact model; it is wrapped in place and stays usable.
         arch: its description.
         kinds: unit kinds that masks may act on.
         lora: LoRA options, or None for masks alone.
+        fused: compute LoRA and masks in one operation (`linear`); False takes peft's own layers and hooks, slower, the
+            reference that tests compare with.
     """
 
-    def __init__(self, model: PreTrainedModel, arch: Arch, kinds: tuple[str, ...], lora: LoraOptions | None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, arch: Arch, kinds: tuple[str, ...], lora: LoraOptions | None, fused: bool = True
+    ) -> None:
         self.arch = arch
         self.kinds = kinds
         self.model = model.eval().requires_grad_(False)
-        self._scales: dict[str, tuple[Tensor, ...]] = {}
-        self._tuners: list[BaseTunerLayer] = []
+        self.layers = layers(model, arch.spec)
+        self.arrangement: Arrangement | None = None
         self.lora: dict[str, nn.Parameter] = {}
+        self.lora_axes: dict[str, tuple[int, tuple[Axis, ...]]] = {}  # layer and axes of each LoRA weight
+        self._tuners: list[BaseTunerLayer] = []
+        self._observer: Observer | None = None
         if lora is not None:
-            self._add_lora(lora)
-        self._stash = [torch.empty_like(p) for p in self.lora.values()]
-        self._attach()
+            self._add_lora(lora, fused)
+        self._sites = list(self._attach())
+        self._bases = list(self._base_weights())
+        self._role = Role({}, None, self._full_widths())
 
     # -- set-up -------------------------------------------------------------------------------------------------------
 
-    def _add_lora(self, lora: LoraOptions) -> None:
-        targets = [
-            f"{self.arch.spec.layers}.{index}.{path}"
-            for index in range(self.arch.dims.layers)
-            for path in lora.modules(self.arch)
-        ]
+    def _add_lora(self, lora: LoraOptions, fused: bool) -> None:
+        paths = lora.modules(self.arch)
+        targets = [f"{self.arch.spec.layers}.{index}.{path}" for index in range(self.arch.dims.layers) for path in paths]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(lora.seed)
             config: Any = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, lora_dropout=0.0)
+            if fused:
+                config._register_custom_module({nn.Linear: MaskedLoraLinear})
             inject_adapter_in_model(config, self.model)
         self._tuners = [m for m in self.model.modules() if isinstance(m, BaseTunerLayer)]
         self.lora = {name: p for name, p in sorted(self.model.named_parameters()) if p.requires_grad}
-        for parameter in self.lora.values():  # trained in float32 whatever the base is in
+        for name, parameter in self.lora.items():  # trained in float32 whatever the base is in
             parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+            index, _, path = name.removeprefix(f"{self.arch.spec.layers}.").partition(".")
+            path, _, kind = path.partition(".lora_")
+            part = self.arch.spec.block[path]
+            assert isinstance(part, Linear)
+            self.lora_axes[name] = (int(index), (Axis.RANK, part.in_) if kind.startswith("A") else (part.out, Axis.RANK))
 
-    def _attach(self) -> None:
+    def _attach(self) -> Iterator[tuple[nn.Module, str, str, int]]:
+        """Makes modules apply masks; yields module, attribute, kind, and place among the kind's masks."""
         spec = self.arch.spec
-        for index, layer in enumerate(layers(self.model, spec)):
+        ready: set[nn.Module] = set()
+
+        def site(module: nn.Module, attribute: str, kind: str, index: int) -> tuple[nn.Module, str, str, int]:
+            if module not in ready and not isinstance(module, MaskedLoraLinear):
+                mask_hooks(module)
+            ready.add(module)
+            return module, attribute, kind, index
+
+        for index, layer in enumerate(self.layers):
             for kind, axis in _INPUT_AXES.items():
                 if kind in self.kinds:
                     for path in self.arch.linears(in_=axis):
-                        submodule(layer, path).register_forward_pre_hook(self._input_hook(kind, index))
+                        yield site(submodule(layer, path), "in_mask", kind, index)
             if "hidden" in self.kinds:
                 for path in self.arch.linears(out=Axis.HIDDEN):
-                    submodule(layer, path).register_forward_hook(self._output_hook())
+                    yield site(submodule(layer, path), "out_mask", "hidden", 0)
+            if index < self.arch.dims.layers - 1:
+                layer.register_forward_hook(self._observe(index))
         if "hidden" in self.kinds:
-            submodule(self.model, spec.embedding).register_forward_hook(self._output_hook())
+            yield site(submodule(self.model, spec.embedding), "out_mask", "hidden", 0)
 
-    def _input_hook(self, kind: str, index: int) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-            scales = self._scales.get(kind)
-            return None if scales is None else (args[0] * scales[index], *args[1:])
-
-        return hook
-
-    def _output_hook(self) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            scales = self._scales.get("hidden")
-            return None if scales is None else output * scales[0]
+    def _observe(self, index: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if self._observer is not None:
+                self._observer(index, output[0] if isinstance(output, tuple) else output)
 
         return hook
+
+    def _base_weights(self) -> Iterator[BaseWeight]:
+        """The base model's parameters along axes that roles can do without."""
+        for index in range(self.arch.dims.layers):
+            for name, axes in self.arch.parameters.items():
+                if any(axis in (Axis.QUERY, Axis.KV, Axis.INTERMEDIATE) for axis in axes):
+                    parameter = self.parameter(index, name)
+                    yield BaseWeight(parameter, parameter.data, index, axes)
 
     def enable_checkpointing(self) -> None:
         """Recomputes activations in the backward pass; masks must stay installed until it is done."""
         self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        for layer in layers(self.model, self.arch.spec):
+        for layer in self.layers:
             layer.training = True  # transformers checkpoints layers in training mode; children stay free of dropout
+
+    def compile(self) -> None:
+        """Compiles the decoder layers with torch.compile; all layers share the graphs of a role, whatever their widths."""
+        config: Any = torch._dynamo.config
+        config.force_parameter_static_shapes = config.force_nn_module_property_static_shapes = False
+        config.recompile_limit = max(config.recompile_limit, 64)  # student and teacher, first layer or not, few heads
+        for layer in self.layers:
+            layer.compile()
 
     # -- roles --------------------------------------------------------------------------------------------------------
 
@@ -152,20 +218,118 @@ class MaskedModel:
         """Where the base model lives."""
         return self.model.device
 
-    def set_masks(self, masks: Masks | None) -> None:
-        """Installs masks (kept in the graph), or none."""
+    @property
+    def widths(self) -> Widths:
+        """Units computed in the present role."""
+        return self._role.widths
+
+    def prepare(self, masks: Masks | None, lora: dict[str, Tensor] | None) -> Role:
+        """A role, ready to be played: everything on the device, in the order and at the widths of the arrangement.
+
+        Args:
+            masks: its masks, kept in the graph; None for the intact model.
+            lora: its LoRA weights; None switches LoRA off.
+        """
+        widths = self._full_widths() if self.arrangement is None else self.arrangement.widths(masks)
+        if lora is not None:
+            lora = {name: self.cut_lora(name, lora[name], widths).to(self.device) for name in self.lora}
+        return Role(self._scales(masks, widths), lora, widths)
+
+    def _full_widths(self) -> Widths:
+        dims = self.arch.dims
+        return Widths((dims.groups,) * dims.layers, (dims.intermediate,) * dims.layers)
+
+    def _scales(self, masks: Masks | None, widths: Widths) -> dict[str, list[Tensor]]:
+        """Mask values as the modules take them, by kind and place."""
         if masks is None:
-            self._scales = {}
-            return
+            return {}
+        if self.arrangement is not None:
+            masks = self.arrangement.masks(masks)
         dims = self.arch.dims
         like = {"device": self.device, "dtype": self.model.dtype}
-        heads = masks.heads.to(**like).repeat_interleave(dims.queries * dims.head_dim, dim=1)
+        each = dims.queries * dims.head_dim
+        heads = masks.heads.to(**like).repeat_interleave(each, dim=1).unbind(0)
+        channels = masks.intermediate.to(**like).unbind(0)
         every = {
-            "heads": heads.unbind(0),
-            "intermediate": masks.intermediate.to(**like).unbind(0),
-            "hidden": (masks.hidden.to(**like),),
+            "heads": [scale[: each * n] for scale, n in zip(heads, widths.heads, strict=True)],
+            "intermediate": [scale[:n] for scale, n in zip(channels, widths.intermediate, strict=True)],
+            "hidden": [masks.hidden.to(**like)],
         }
-        self._scales = {kind: every[kind] for kind in self.kinds}
+        return {kind: every[kind] for kind in self.kinds}
+
+    def install(self, role: Role) -> None:
+        """Puts a role's masks and widths in place; LoRA weights stay."""
+        for module, attribute, kind, index in self._sites:
+            scales = role.scales.get(kind)
+            object.__setattr__(module, attribute, None if scales is None else scales[index])
+        if role.widths != self._role.widths:
+            for base in self._bases:
+                base.narrow(self.arch.dims, role.widths)
+        self._role = role
+
+    def set_masks(self, masks: Masks | None) -> None:
+        """Installs masks (kept in the graph), or none; the student's LoRA weights stay."""
+        self.install(self.prepare(masks, None))
+
+    @contextmanager
+    def playing(self, role: Role) -> Iterator[None]:
+        """The model in a role inside the block, the student's again after it; nothing is copied."""
+        before, mine = self._role, [p.data for p in self.lora.values()]
+        self.install(role)
+        if role.lora is None:
+            for tuner in self._tuners:
+                tuner.enable_adapters(False)
+        else:
+            for name, parameter in self.lora.items():
+                parameter.data = role.lora[name]
+        try:
+            yield
+        finally:
+            self.install(before)
+            if role.lora is None:
+                for tuner in self._tuners:
+                    tuner.enable_adapters(True)
+            for parameter, data in zip(self.lora.values(), mine, strict=True):
+                parameter.data = data
+
+    @contextmanager
+    def role(self, masks: Masks | None, lora: dict[str, Tensor] | None) -> Iterator[None]:
+        """`prepare` and `playing` in one."""
+        with self.playing(self.prepare(masks, lora)):
+            yield
+
+    def forward(self, input_ids: Tensor, observer: Observer | None = None) -> Tensor:
+        """Runs the decoder in the present role, without the head.
+
+        Args:
+            input_ids: [batch, tokens], int64.
+            observer: called with the hidden states [batch, tokens, hidden] after each layer but the last, as they come.
+
+        Returns:
+            Hidden states after the final norm, [batch, tokens, hidden].
+        """
+        decoder = getattr(self.model, self.model.base_model_prefix)
+        half = self.model.dtype if self.model.dtype in (torch.bfloat16, torch.float16) else None
+        self._observer = observer
+        try:
+            with torch.autocast(self.device.type, half, enabled=half is not None):
+                return decoder(input_ids=input_ids, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
+        finally:
+            self._observer = None
+
+    @property
+    def head(self) -> nn.Linear:
+        """The language-model head."""
+        head = submodule(self.model, self.arch.spec.head)
+        assert isinstance(head, nn.Linear)
+        return head
+
+    @torch.no_grad()
+    def logits(self, input_ids: Tensor) -> Tensor:
+        """Logits [batch, tokens, vocab] in the present role."""
+        return self.head(self.forward(input_ids))
+
+    # -- LoRA weights -------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def lora_copy(self) -> dict[str, Tensor]:
@@ -178,68 +342,50 @@ class MaskedModel:
         if self.lora:
             torch._foreach_copy_(list(self.lora.values()), [tensors[name] for name in self.lora])
 
-    @contextmanager
-    def role(self, masks: Masks | None, lora: dict[str, Tensor] | None) -> Iterator[None]:
-        """The model as a teacher: its masks and LoRA weights inside the block, the student's again after it.
+    def cut_lora(self, name: str, tensor: Tensor, widths: Widths) -> Tensor:
+        """A LoRA weight (or its optimiser moment) at widths of the arrangement; itself while there is none."""
+        layer, axes = self.lora_axes[name]
+        return tensor if self.arrangement is None else self.arrangement.cut(tensor, axes, layer, widths)
 
-        Args:
-            masks: the teacher's masks; None for the intact model.
-            lora: the teacher's LoRA weights; None switches LoRA off.
+    def spread_lora(self, name: str, tensor: Tensor, widths: Widths) -> Tensor:
+        """The inverse of `cut_lora`; what was left out is zero."""
+        layer, axes = self.lora_axes[name]
+        return tensor if self.arrangement is None else self.arrangement.spread(tensor, axes, layer, widths)
+
+    # -- order of units -----------------------------------------------------------------------------------------------
+
+    def arrange(self, arrangement: Arrangement) -> None:
+        """Puts the base weights in an order, in place; from here on roles run at the widths that they need.
+
+        The caller cuts the student's LoRA weights.
         """
-        before = self._scales
-        self.set_masks(masks)
-        with torch.no_grad():
-            if lora is None:
-                for tuner in self._tuners:
-                    tuner.enable_adapters(False)
-            elif self.lora:
-                torch._foreach_copy_(self._stash, list(self.lora.values()))
-                self.load_lora(lora)
-        try:
-            yield
-        finally:
-            self._scales = before
-            with torch.no_grad():
-                if lora is None:
-                    for tuner in self._tuners:
-                        tuner.enable_adapters(True)
-                elif self.lora:
-                    torch._foreach_copy_(list(self.lora.values()), self._stash)
+        assert self.arrangement is None
+        self.install(Role({}, None, self._full_widths()))
+        self.arrangement = arrangement
+        for base in self._bases:
+            base.full.copy_(arrangement.cut(base.full, base.axes, base.layer, self._full_widths()))
 
-    def forward(self, input_ids: Tensor, layer_states: bool = False) -> DecoderOutput:
-        """Runs the decoder in the present role, without the head.
+    def restore(self) -> None:
+        """Puts the base weights back as they were, bit for bit."""
+        if self.arrangement is not None:
+            self.install(Role({}, None, self._full_widths()))
+            for base in self._bases:
+                base.full.copy_(self.arrangement.spread(base.full, base.axes, base.layer, self._full_widths()))
+            self.arrangement = None
 
-        Args:
-            input_ids: [batch, tokens], int64.
-            layer_states: also return the hidden states after each layer but the last (transformers gives that one normed).
-        """
-        decoder = getattr(self.model, self.model.base_model_prefix)
-        out = decoder(input_ids=input_ids, use_cache=False, output_hidden_states=layer_states)
-        return DecoderOutput(out.last_hidden_state, tuple(out.hidden_states[1:-1]) if layer_states else ())
-
-    @property
-    def head(self) -> nn.Linear:
-        """The language-model head."""
-        head = submodule(self.model, self.arch.spec.head)
-        assert isinstance(head, nn.Linear)
-        return head
-
-    @torch.no_grad()
-    def logits(self, input_ids: Tensor) -> Tensor:
-        """Logits [batch, tokens, vocab] in the present role."""
-        return self.head(self.forward(input_ids).last)
+    # -- for compaction -----------------------------------------------------------------------------------------------
 
     def delta(self, layer: int, path: str) -> Tensor | None:
         """What LoRA adds to the weight [out, in] of a module of a layer, float64, or None."""
-        module = submodule(layers(self.model, self.arch.spec)[layer], path)
+        module = submodule(self.layers[layer], path)
         if isinstance(module, BaseTunerLayer):
             a, b = module.lora_A["default"].weight.detach(), module.lora_B["default"].weight.detach()  # type: ignore[attr-defined]
             return (b.double() @ a.double()) * module.scaling["default"]  # type: ignore[attr-defined,no-any-return]
         return None
 
-    def parameter(self, layer: int, name: str) -> Tensor:
+    def parameter(self, layer: int, name: str) -> nn.Parameter:
         """The intact parameter `name` of a layer."""
         path, _, kind = name.rpartition(".")
-        module = submodule(layers(self.model, self.arch.spec)[layer], path)
+        module = submodule(self.layers[layer], path)
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        return getattr(base, kind).detach()  # type: ignore[no-any-return]
+        return getattr(base, kind)  # type: ignore[no-any-return]

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from nuteprune.files import save_tensors
-from nuteprune.masks import Masks
+from nuteprune.masks import KINDS, Masks
 
 INTACT = 0
 
@@ -39,7 +39,7 @@ class Snapshot:
 
 
 class TeacherBank:
-    """Snapshots in CPU memory and, file by file, on disk.
+    """Snapshots on disk, file by file; one is in memory only while it is used.
 
     Args:
         folder: where `record-NNN.safetensors` files go.
@@ -47,34 +47,40 @@ class TeacherBank:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._snapshots: dict[int, Snapshot] = {}
+        self._count = 0
 
     def __len__(self) -> int:
-        return len(self._snapshots)
+        return self._count
 
     def __getitem__(self, record: int) -> Snapshot:
-        return self._snapshots[record]
+        return read_snapshot(self.path(record))
 
     def add(self, snapshot: Snapshot) -> Path:
-        """Keeps a snapshot and writes its file; returns the path."""
+        """Writes the file of the next snapshot; returns the path."""
         path = self.path(snapshot.record)
         tensors = {f"masks.{k}": t for k, t in snapshot.masks.tensors().items()}
         tensors |= {f"lora.{k}": t for k, t in snapshot.lora.items()}
         about = {"record": snapshot.record, "sparsity": snapshot.sparsity, "step": snapshot.step}
         save_tensors(path, tensors, {"nuteprune": json.dumps(about)})
-        self._snapshots[snapshot.record] = snapshot
+        self._count = max(self._count, snapshot.record)
         return path
 
     def path(self, record: int) -> Path:
         """The file of a record."""
         return self.folder / f"record-{record:03d}.safetensors"
 
+    def masks(self, record: int) -> Masks:
+        """The masks of a record; its LoRA weights are not read."""
+        with safe_open(self.path(record), framework="pt") as file:
+            return Masks.from_tensors({kind: file.get_tensor(f"masks.{kind}") for kind in KINDS})
+
     @classmethod
     def load(cls, folder: Path, records: int) -> TeacherBank:
         """The bank as it was when it held `records` snapshots; files of later ones are removed."""
         bank = cls(folder)
+        bank._count = records
         for record in range(1, records + 1):
-            bank._snapshots[record] = read_snapshot(bank.path(record))
+            bank.masks(record)  # a damaged file is found now, not in mid-run
         for path in folder.glob("record-*.safetensors"):
             if int(path.stem.split("-")[1]) > records:
                 path.unlink()

@@ -12,15 +12,18 @@ import math
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 from transformers import PreTrainedModel
 
 from nuteprune.arch import Arch
+from nuteprune.arrangement import Arrangement
 from nuteprune.checkpoint import load_checkpoint, load_optimizer, optimizer_tensors, save_checkpoint, within
 from nuteprune.config import PruneConfig
 from nuteprune.data import Blocks
@@ -28,8 +31,8 @@ from nuteprune.discretise import Discretiser, Rounding
 from nuteprune.errors import TrainingError
 from nuteprune.gates import Deterministic, Gate, GateSet, HardConcrete
 from nuteprune.importance import taylor
-from nuteprune.losses import head_loss, hidden_loss
-from nuteprune.masking import DecoderOutput, LoraOptions, MaskedModel
+from nuteprune.losses import HiddenLoss, head_loss
+from nuteprune.masking import LoraOptions, MaskedModel, Role
 from nuteprune.masks import Masks
 from nuteprune.sparsity import BlockSize, Controller, LagrangianControl, ProjectionControl, Unit, schedule
 from nuteprune.teachers import INTACT, Snapshot, TeacherBank, TeacherPolicy, teacher_name
@@ -74,6 +77,7 @@ class Trainer:
         blocks: training text.
         folder: run folder; `checkpoints/` and `teachers/` are written there.
         warn: called with what the user should know.
+        fast: False takes peft's own layers and full widths throughout: the same run, slower, for comparison.
     """
 
     def __init__(
@@ -84,16 +88,19 @@ class Trainer:
         blocks: Blocks,
         folder: Path,
         warn: Callable[[str], None] = warnings.warn,
+        fast: bool = True,
     ) -> None:
-        self.config, self.blocks, self.folder, self.warn = config, blocks, folder, warn
+        self.config, self.blocks, self.folder, self.warn, self.fast = config, blocks, folder, warn, fast
         self.total = config.total_steps
         self.freeze_step = self.total - round(config.recovery * self.total)
         self.ramp = min(max(1, round(config.warmup * self.total)), self.freeze_step)
 
         lora = LoraOptions(config.lora_rank, config.alpha, config.lora_targets, config.seed)
-        self.masked = MaskedModel(model, arch, config.prune, lora)
+        self.masked = MaskedModel(model, arch, config.prune, lora, fused=fast)
         if config.gradient_checkpointing:
             self.masked.enable_checkpointing()
+        if config.compile:
+            self.masked.compile()
         self.size = BlockSize.of(arch)
         self.discretiser = make_discretiser(config, arch)
 
@@ -110,8 +117,10 @@ class Trainer:
 
         self.policy = TeacherPolicy(config.teachers, config.teacher_lag, self.total)
         self.bank = TeacherBank(folder / "teachers")
+        self.teacher: tuple[int, Role] | None = None  # the record that teaches now, ready to be played
         self.masks: Masks | None = None  # discrete masks, once frozen
         self.state = TrainState()
+        self.part: Callable[[str], AbstractContextManager[Any]] = record_function  # names the parts of a step for profilers
 
     # -- the loop -----------------------------------------------------------------------------------------------------
 
@@ -151,6 +160,7 @@ class Trainer:
         if self.masks is None:
             self.freeze()
         self.save()
+        self.restore()
         return True
 
     def step(self) -> Metrics:
@@ -165,25 +175,26 @@ class Trainer:
 
         records = len(self.bank) if self.state.reached is None else self.state.walk_from
         record = self.policy.record(step, records, self.state.reached)
-        teacher = self.teach(record, batch, layer_states)
+        states: list[Tensor] = []  # the teacher's hidden states
+        taught = None if record is None else self.teach(record, batch, states if layer_states else None)
 
-        masks, expected = self.student_masks(target)
-        self.masked.set_masks(masks)
-        student = self.masked.forward(batch, layer_states)
-        head = head_loss(
-            student.last,
-            None if teacher is None else teacher.last,
-            batch,
-            self.masked.head.weight,
-            self.masked.head.bias,
-            temperature=config.temperature,
-            kl_weight=config.kl_weight,
-            lm_weight=1.0 if teacher is None else config.lm_weight,
-        )
-        loss, hidden = head.total, None
-        if teacher is not None and layer_states:
-            hidden = hidden_loss(student.layers, teacher.layers, masks.hidden, config.hidden_loss)
-            loss = loss + config.hidden_weight * hidden
+        with self.part("gates and control"):
+            masks, expected = self.student_masks(target)
+            hidden = HiddenLoss(states, masks.hidden, config.hidden_loss) if states else None
+        with self.part("student forward"):
+            student = self.masked.forward(batch, None if hidden is None else hidden.add)
+        with self.part("heads and losses"):
+            head = head_loss(
+                student,
+                taught,
+                batch,
+                self.masked.head.weight,
+                self.masked.head.bias,
+                temperature=config.temperature,
+                kl_weight=config.kl_weight,
+                lm_weight=1.0 if taught is None else config.lm_weight,
+            )
+            loss = head.total if hidden is None else head.total + config.hidden_weight * hidden.total
         if self.masks is None:
             loss = loss + self.control.penalty(expected, target)
         gradient_norm = self.update(loss, step)
@@ -199,7 +210,7 @@ class Trainer:
             "loss": float(loss.detach()),
             "kl": head.kl,
             "lm_loss": head.lm,
-            "hidden_loss": float("nan") if hidden is None else float(hidden.detach()),
+            "hidden_loss": float("nan") if hidden is None else float(hidden.total.detach()),
             "target_sparsity": target,
             "expected_sparsity": sparsity,
             "teacher": teacher_name(record),
@@ -215,14 +226,17 @@ class Trainer:
             self.after_step(step, sparsity)
         return metrics
 
-    def teach(self, record: int | None, batch: Tensor, layer_states: bool) -> DecoderOutput | None:
-        """The teacher's forward pass, without gradients."""
-        if record is None:
-            return None
-        snapshot = None if record == INTACT else self.bank[record]
-        masks, lora = (None, None) if snapshot is None else (snapshot.masks, snapshot.lora)
-        with torch.no_grad(), self.masked.role(masks, lora):
-            return self.masked.forward(batch, layer_states)
+    def teach(self, record: int, batch: Tensor, states: list[Tensor] | None) -> Tensor:
+        """The teacher's forward pass, without gradients; its hidden states after each layer but the last go to `states`."""
+        with torch.no_grad(), ExitStack() as stack:
+            with self.part("teacher swap"):
+                if self.teacher is None or self.teacher[0] != record:
+                    snapshot = None if record == INTACT else self.bank[record]
+                    masks, lora = (None, None) if snapshot is None else (snapshot.masks, snapshot.lora)
+                    self.teacher = record, self.masked.prepare(masks, lora)
+                stack.enter_context(self.masked.playing(self.teacher[1]))
+            with self.part("teacher forward"):
+                return self.masked.forward(batch, None if states is None else lambda _, state: states.append(state))
 
     def gate_scores(self, target: float) -> tuple[Unit, Tensor]:
         """The gates at this point of the run, shifted by the controller for a target, and their expected sparsity."""
@@ -231,11 +245,13 @@ class Trainer:
         return scores, self.size.expected_sparsity(self.gates.keep(scores))
 
     def student_masks(self, target: float) -> tuple[Masks, Tensor]:
-        """The student's masks of a step and their expected sparsity."""
+        """Installs the student's masks of a step; returns them and their expected sparsity."""
         if self.masks is not None:
             return self.masks, self.frozen_sparsity
         scores, expected = self.gate_scores(target)
-        return self.gates.sample(scores, self.generator), expected
+        masks = self.gates.sample(scores, self.generator)
+        self.masked.set_masks(masks)
+        return masks, expected
 
     def update(self, loss: Tensor, step: int) -> float:
         """Backward pass and optimisers; returns the norm of the LoRA gradient before clipping.
@@ -245,21 +261,24 @@ class Trainer:
         """
         if not math.isfinite(float(loss.detach())):
             raise self.not_finite("loss", step)
-        loss.backward()
-        limit = self.config.grad_clip or math.inf
-        norm = float(torch.nn.utils.clip_grad_norm_(self.masked.lora.values(), limit))
-        gate_norm = float(torch.nn.utils.get_total_norm([p.grad for p in self.gates.parameters() if p.grad is not None]))
-        if not (math.isfinite(norm) and math.isfinite(gate_norm)):
-            raise self.not_finite("gradient", step)
-        for group in self.lora_optimizer.param_groups:
-            group["lr"] = self.config.lr * lr_factor(self.config.lr_schedule, step, self.total)
-        self.lora_optimizer.step()
-        self.lora_optimizer.zero_grad()
+        with self.part("backward"):
+            loss.backward()
+        with self.part("optimisers"):
+            limit = self.config.grad_clip or math.inf
+            norm = float(torch.nn.utils.clip_grad_norm_(self.masked.lora.values(), limit))
+            gates = [p.grad for p in self.gates.parameters() if p.grad is not None]
+            if not (math.isfinite(norm) and math.isfinite(float(torch.nn.utils.get_total_norm(gates)))):
+                raise self.not_finite("gradient", step)
+            for group in self.lora_optimizer.param_groups:
+                group["lr"] = self.config.lr * lr_factor(self.config.lr_schedule, step, self.total)
+            self.lora_optimizer.step()
+            self.lora_optimizer.zero_grad()
         if self.masks is None:
-            self.gate_optimizer.step()
-            self.gate_optimizer.zero_grad()
-            self.gates.clamp_()
-            self.control.step()
+            with self.part("gates and control"):
+                self.gate_optimizer.step()
+                self.gate_optimizer.zero_grad()
+                self.gates.clamp_()
+                self.control.step()
         return norm
 
     def not_finite(self, what: str, step: int) -> TrainingError:
@@ -318,10 +337,34 @@ class Trainer:
             self.mark_reached(self.state.step)
 
     def freeze_at(self, masks: Masks) -> None:
-        """Fixes the masks."""
+        """Fixes the masks; the student, and where they can its teachers, run at the width that is left."""
         self.masks = masks.to(self.masked.device)
         self.frozen_sparsity = torch.tensor(self.size.sparsity(masks))
         self.gates.requires_grad_(False)
+        if self.fast:
+            teachers = [self.bank.masks(record) for record in range(1, len(self.bank) + 1)]
+            self.masked.arrange(Arrangement.of(self.masked.arch.dims, self.masks, teachers))
+        self.masked.set_masks(self.masks)
+        self.teacher = None
+        widths = self.masked.widths
+        self.each_lora_weight(lambda name, tensor: self.masked.cut_lora(name, tensor, widths))
+
+    @torch.no_grad()
+    def each_lora_weight(self, change: Callable[[str, Tensor], Tensor]) -> None:
+        """Changes the shape of the student's LoRA weights and of what the optimiser keeps for them."""
+        for name, parameter in self.masked.lora.items():
+            parameter.data = change(name, parameter.data)
+            parameter.grad = None
+            for key, value in self.lora_optimizer.state.get(parameter, {}).items():
+                if value.dim() > 0:  # not the step counter
+                    self.lora_optimizer.state[parameter][key] = change(name, value)
+
+    def restore(self) -> None:
+        """Gives the model its intact weights back, and LoRA its whole shape, for compaction."""
+        widths = self.masked.widths
+        self.each_lora_weight(lambda name, tensor: self.masked.spread_lora(name, tensor, widths))
+        self.masked.restore()
+        self.masked.set_masks(self.masks)
 
     def mark_reached(self, step: int) -> None:
         """From this step on teachers walk back."""
@@ -330,10 +373,13 @@ class Trainer:
     # -- state --------------------------------------------------------------------------------------------------------
 
     def save(self) -> Path:
-        """Writes a checkpoint of everything."""
-        tensors: dict[str, Tensor] = {f"lora.{k}": p for k, p in self.masked.lora.items()}
+        """Writes a checkpoint of everything; LoRA weights in their whole shape, zero where the masks took a unit away."""
+        widths, names = self.masked.widths, list(self.masked.lora)
+        tensors = {f"lora.{name}": self.masked.spread_lora(name, p.data, widths) for name, p in self.masked.lora.items()}
+        for key, value in optimizer_tensors(self.lora_optimizer, "lora_optimizer").items():
+            name = names[int(key.split(".")[1])]
+            tensors[key] = self.masked.spread_lora(name, value, widths) if value.dim() > 0 else value
         tensors |= {f"gates.{k}": p for k, p in self.gates.log_alpha.items()}
-        tensors |= optimizer_tensors(self.lora_optimizer, "lora_optimizer")
         tensors |= optimizer_tensors(self.gate_optimizer, "gate_optimizer")
         tensors |= {f"control.{k}": t for k, t in self.control.state().items()}
         tensors |= {"generator.state": self.generator.get_state()}

@@ -1,0 +1,98 @@
+"""Running at the width that is left: units in an order in which those that a role keeps come first.
+
+Once the masks are frozen, the units of every layer are put in order: those that the student keeps, then the others, the
+longer they served in a teacher the earlier. The intact model computes the same in any order. A role that keeps the first
+n units of a layer then needs only the first rows or columns of its weights, which are views: the student, and teachers on
+their walk back to the intact model, run at their own size without a copy of any weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nuteprune.arch import Axis, Dims
+from nuteprune.masks import Masks
+
+ALIGN = 32  # intermediate widths of a role are rounded up to it
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Units that a role computes, a number a layer: those it keeps, and masked ones where rounding or order ask for them."""
+
+    heads: tuple[int, ...]
+    intermediate: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """An order of the units of each layer.
+
+    Attributes:
+        dims: sizes of the dense model.
+        heads: KV groups in order, int64 [layers, groups].
+        intermediate: channels in order, int64 [layers, intermediate].
+    """
+
+    dims: Dims
+    heads: Tensor
+    intermediate: Tensor
+
+    @classmethod
+    def of(cls, dims: Dims, student: Masks, teachers: Sequence[Masks]) -> Arrangement:
+        """The order for a student and the teachers that it will have."""
+
+        def order(kind: str) -> Tensor:
+            rank = (len(teachers) + 1) * (getattr(student, kind) != 0).long()
+            for teacher in teachers:
+                rank = rank + (getattr(teacher, kind).to(rank.device) != 0).long()
+            return rank.argsort(dim=1, descending=True, stable=True)
+
+        return cls(dims, order("heads"), order("intermediate"))
+
+    def widths(self, masks: Masks | None) -> Widths:
+        """What masks need; everything for None."""
+        if masks is None:
+            return Widths((self.dims.groups,) * self.dims.layers, (self.dims.intermediate,) * self.dims.layers)
+
+        def needed(kind: str, align: int) -> tuple[int, ...]:
+            order: Tensor = getattr(self, kind)
+            kept = getattr(masks, kind).to(order.device).gather(1, order) != 0
+            last = (kept * torch.arange(1, order.shape[1] + 1, device=order.device)).amax(1)
+            return tuple(min(-(-max(n, 1) // align) * align, order.shape[1]) for n in last.tolist())
+
+        return Widths(needed("heads", 1), needed("intermediate", ALIGN))
+
+    def masks(self, masks: Masks) -> Masks:
+        """Masks in this order, with gradients."""
+        return Masks(masks.heads.gather(1, self.heads), masks.intermediate.gather(1, self.intermediate), masks.hidden)
+
+    def index(self, axis: Axis, layer: int, widths: Widths) -> Tensor | None:
+        """Which elements of an axis a role of these widths computes, in order; None for an axis that has none to choose."""
+        if axis is Axis.INTERMEDIATE:
+            return self.intermediate[layer, : widths.intermediate[layer]]
+        if axis in (Axis.QUERY, Axis.KV):
+            each = self.dims.size(axis) // self.dims.groups
+            groups = self.heads[layer, : widths.heads[layer]]
+            return (groups.unsqueeze(1) * each + torch.arange(each, device=groups.device)).flatten()
+        return None
+
+    def cut(self, tensor: Tensor, axes: Sequence[Axis], layer: int, widths: Widths) -> Tensor:
+        """A tensor along these axes in this order, at these widths; a copy."""
+        for position, axis in enumerate(axes):
+            if (index := self.index(axis, layer, widths)) is not None:
+                tensor = tensor.index_select(position, index.to(tensor.device))
+        return tensor.contiguous()
+
+    def spread(self, tensor: Tensor, axes: Sequence[Axis], layer: int, widths: Widths) -> Tensor:
+        """The inverse of `cut`, with zeros where it left elements out."""
+        for position, axis in enumerate(axes):
+            if (index := self.index(axis, layer, widths)) is not None:
+                shape = list(tensor.shape)
+                shape[position] = self.dims.size(axis)
+                tensor = tensor.new_zeros(shape).index_copy_(position, index.to(tensor.device), tensor)
+        return tensor

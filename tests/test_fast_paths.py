@@ -1,0 +1,236 @@
+"""Every shortcut of the trainer takes the same way as the plain path: peft's own layers, hooks, full widths."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import KINDS, random_masks, tiny_config, tiny_model
+
+from nuteprune import arrangement
+from nuteprune.arch import Arch
+from nuteprune.arrangement import Arrangement
+from nuteprune.config import PruneConfig
+from nuteprune.data import Blocks, build_blocks
+from nuteprune.job import prune
+from nuteprune.masking import LoraOptions, MaskedModel
+from nuteprune.masks import Masks
+from nuteprune.models import Source
+from nuteprune.progress import read_metrics
+from nuteprune.trainer import Trainer
+
+IDS = torch.randint(2, 96, (2, 12), generator=torch.Generator().manual_seed(1))
+
+
+def _trainer(config: PruneConfig, folder: Path, fast: bool) -> Trainer:
+    source = Source.find(config.model)
+    model = source.model(torch.device("cpu"), torch.float32)
+    path = folder / "blocks.safetensors"
+    build_blocks(
+        path, config.data, source.tokenizer(96), seq_len=config.seq_len, blocks=config.total_steps * config.batch_size,
+        held_out=2, least=config.batch_size, seed=config.seed,
+    )  # fmt: skip
+    return Trainer(config, model, Arch.from_config(source.config()), Blocks.open(path), folder, lambda _: None, fast=fast)
+
+
+def _trajectory(config: PruneConfig, folder: Path, fast: bool) -> tuple[list[dict[str, Any]], Trainer]:
+    trainer = _trainer(config, folder, fast)
+    trainer.start()
+    metrics: list[dict[str, Any]] = []
+    assert trainer.run(metrics.append)
+    return metrics, trainer
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"prune": ("heads", "intermediate"), "sparsity": 0.4, "hidden_loss": "normalised"},
+        {"gates": "hard-concrete", "control": "lagrangian", "hidden_loss": "plain", "temperature": 0.7, "lm_weight": 0.3},
+        {"lora_targets": ("q_proj", "v_proj")},
+        {"gradient_checkpointing": True, "hidden_loss": "plain"},
+        {"weight_decay": 0.5, "grad_clip": 0.1, "lora_alpha": 5.0},
+    ],
+    ids=["default", "wide", "paper", "q-and-v", "checkpointing", "decay"],
+)  # fmt: skip
+def test_fast_run_follows_the_plain_one(
+    small_run: PruneConfig, changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(arrangement, "ALIGN", 1)
+    config = small_run.replace(**changes)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    plain, one = _trajectory(config, tmp_path / "a", fast=False)
+    fast, two = _trajectory(config, tmp_path / "b", fast=True)
+    assert [m["teacher"] for m in plain] == [m["teacher"] for m in fast]
+    for a, b in zip(plain, fast, strict=True):
+        for key in ("loss", "kl", "lm_loss", "hidden_loss", "expected_sparsity", "gradient_norm"):
+            assert b[key] == pytest.approx(a[key], rel=2e-3, abs=1e-5, nan_ok=True), (key, a["step"])
+    for kind, gates in one.gates.log_alpha.items():
+        torch.testing.assert_close(two.gates.log_alpha[kind], gates, rtol=1e-3, atol=1e-3)
+    assert one.masks is not None
+    assert two.masks is not None
+    assert one.masks.counts() == two.masks.counts()
+    torch.testing.assert_close(two.masked.logits(IDS), one.masked.logits(IDS), rtol=5e-3, atol=5e-3)
+
+
+def _masked(fused: bool, config: Any = None, dtype: torch.dtype = torch.float32) -> MaskedModel:
+    config = config or tiny_config()
+    masked = MaskedModel(
+        tiny_model(config, dtype=dtype), Arch.from_config(config), KINDS, LoraOptions(2, 3.0), fused=fused
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(5)
+    for parameter in masked.lora.values():
+        parameter.data.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return masked
+
+
+def _gradients(masked: MaskedModel) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    masks = random_masks(masked.arch, 1)
+    leaves = [t.requires_grad_() for t in masks.tensors().values()]
+    masked.set_masks(masks)
+    out = masked.forward(IDS)
+    loss = (out.float() * torch.randn(out.shape, generator=torch.Generator().manual_seed(2))).sum()
+    return out.detach(), list(torch.autograd.grad(loss, [*leaves, *masked.lora.values()]))
+
+
+@pytest.mark.parametrize(("family", "changes"), [("llama", {}), ("qwen2", {}), ("llama", {"attention_bias": True})])
+def test_one_operation_has_the_gradients_of_many(family: str, changes: dict[str, Any]) -> None:
+    config = tiny_config(family, **changes)
+    (a, one), (b, two) = (_gradients(_masked(fused, config, torch.float64)) for fused in (False, True))
+    torch.testing.assert_close(b, a, rtol=1e-6, atol=1e-6)
+    for x, y in zip(one, two, strict=True):
+        torch.testing.assert_close(y, x, rtol=1e-5, atol=1e-6)
+
+
+def test_bfloat16_is_what_autocast_computes() -> None:
+    (a, one), (b, two) = (_gradients(_masked(fused, dtype=torch.bfloat16)) for fused in (False, True))
+    assert a.dtype == b.dtype == torch.bfloat16
+    assert all(g.dtype == torch.float32 for g in two)
+    exact, true = _gradients(_masked(True, dtype=torch.float32))
+
+    def error(out: torch.Tensor, gradients: list[torch.Tensor]) -> float:
+        pairs = zip([out.float(), *gradients], [exact, *true], strict=True)
+        return sum(float((found - wanted).norm() / wanted.norm()) for found, wanted in pairs) / (1 + len(true))
+
+    assert error(b, two) < 0.1  # a random model in bfloat16
+    assert error(b, two) < 1.2 * error(a, one)  # and no further off than peft's layers under autocast
+
+
+def test_fused_layers_keep_less_for_the_backward_pass() -> None:
+    def kept(fused: bool) -> int:
+        seen: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        masked = _masked(fused)
+        masks = random_masks(masked.arch, 1)
+        for t in masks.tensors().values():
+            t.requires_grad_()
+        masked.set_masks(masks)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            masked.forward(IDS)
+        return sum(seen.values())
+
+    assert kept(True) < 0.95 * kept(False)
+
+
+# -- arrangement -------------------------------------------------------------------------------------------------------
+
+
+def _nested(masked: MaskedModel) -> tuple[Masks, list[Masks]]:
+    """A student's masks, a layer of it without heads, and teachers that keep ever less."""
+    student = random_masks(masked.arch, 3)
+    student.heads[1] = 0.0
+    teachers = [random_masks(masked.arch, seed) for seed in (4, 5)]
+    return student, teachers
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("align", [1, 32])
+def test_arranged_roles_compute_the_same(family: str, align: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arrangement, "ALIGN", align)
+    masked = _masked(True, tiny_config(family), torch.float64)
+    before = {name: p.detach().clone() for name, p in masked.model.named_parameters()}
+    student, teachers = _nested(masked)
+    other = {name: torch.randn(p.shape).to(p.dtype) * 0.1 for name, p in masked.lora.items()}
+    roles = [(None, None), (teachers[0], other), (student, dict(masked.lora)), (teachers[1], None)]
+
+    def outputs() -> list[torch.Tensor]:
+        found = []
+        for masks, lora in roles:
+            with masked.role(masks, lora):
+                found.append(masked.logits(IDS))
+        return found
+
+    wanted = outputs()
+    masked.arrange(Arrangement.of(masked.arch.dims, student, teachers))
+    for found, reference in zip(outputs(), wanted, strict=True):
+        torch.testing.assert_close(found, reference, rtol=1e-5, atol=1e-5)
+    widths = masked.prepare(student, None).widths
+    kept = (student.intermediate != 0).sum(1).tolist()
+    assert list(widths.intermediate) == [min(-(-n // align) * align, 48) for n in kept]
+    assert list(widths.heads) == [max(int(n), 1) for n in (student.heads != 0).sum(1)]
+
+    masked.restore()
+    for name, p in masked.model.named_parameters():
+        assert torch.equal(p, before[name]), name
+    assert all(torch.equal(a, b) for a, b in zip(outputs(), wanted, strict=True))
+
+
+def test_views_cost_no_memory_and_lora_goes_there_and_back() -> None:
+    masked = _masked(True)
+    pointers = {name: p.data_ptr() for name, p in masked.model.named_parameters() if "lora_" not in name}
+    student, teachers = _nested(masked)
+    masked.arrange(Arrangement.of(masked.arch.dims, student, teachers))
+    role = masked.prepare(student, None)
+    masked.install(role)
+    assert {name: p.data_ptr() for name, p in masked.model.named_parameters() if "lora_" not in name} == pointers
+    for name, p in masked.lora.items():
+        cut = masked.cut_lora(name, p.data, role.widths)
+        again = masked.spread_lora(name, cut, role.widths)
+        assert again.shape == p.shape
+        assert torch.equal(masked.cut_lora(name, again, role.widths), cut)
+        assert torch.equal(again[again != 0], p.data[again != 0])
+    assert masked.model.get_submodule("model.layers.1.self_attn.q_proj.base_layer").weight.shape == (16, 32)
+
+
+def test_recovery_runs_at_the_width_that_is_left(small_run: PruneConfig, tmp_path: Path) -> None:
+    config = small_run.replace(prune=("heads", "intermediate"), sparsity=0.5)
+    trainer = _trainer(config, tmp_path, fast=True)
+    trainer.start()
+    while trainer.masks is None:
+        trainer.step()
+    assert trainer.masked.arrangement is not None
+    assert min(trainer.masked.widths.intermediate) == 32  # of 48, in multiples of 32
+    assert min(trainer.masked.widths.heads) == 1
+    for name, p in trainer.masked.lora.items():
+        assert trainer.lora_optimizer.state[p]["exp_avg"].shape == p.shape, name
+
+
+# -- torch.compile and the bank ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch.compile's own
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_run_follows_the_plain_one(
+    small_run: PruneConfig, backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled_layers = []
+
+    def compile_layer(layer: torch.nn.Module) -> None:
+        compiled_layers.append(layer)
+        layer._compiled_call_impl = torch.compile(layer._call_impl, backend=backend)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_layer)
+    config = small_run.replace(steps=10, snapshot_every=0.05, teacher_lag=1)
+    eager = prune(config)
+    compiled = prune(config.replace(compile=True, out=str(tmp_path / "compiled")))
+    assert len(compiled_layers) == 3
+    for a, b in zip(read_metrics(eager.run / "metrics.jsonl"), read_metrics(compiled.run / "metrics.jsonl"), strict=True):
+        for key in ("loss", "kl", "gradient_norm", "expected_sparsity"):
+            assert b[key] == pytest.approx(a[key], rel=1e-3, abs=1e-6), (key, a["step"])
