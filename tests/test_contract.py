@@ -14,6 +14,7 @@ from conftest import KINDS, random_masks, tiny_config, tiny_model
 from safetensors.torch import load_file
 
 from nuteprune.arch import FAMILIES, Arch
+from nuteprune.compact import Compactor
 from nuteprune.errors import ArchitectureError
 from nuteprune.export.hf import build_compact, check_equal, write_folder
 from nuteprune.masking import LoraOptions, MaskedModel
@@ -74,18 +75,25 @@ def test_masked_equals_compact_everywhere(family: str, changes: dict[str, Any], 
     masks = _masks(arch, 3)
     masked.set_masks(masks)
     exact = masked.logits(ids)
-    compact = build_compact(masked, masks, config)
+    compact = build_compact(Compactor(masked, masks), config)
     with torch.no_grad():
         # stock RMSNorm computes in float32 even in a float64 model, which bounds this
         assert (compact(ids).logits - exact).abs().max() < 1e-4
 
     masked, arch = _masked(config, torch.float32)
-    compact = build_compact(masked, masks, config)
-    equality = check_equal(masked, masks, compact, ids)
-    assert equality.largest < 1e-4
-    assert equality.scale > 0.1  # the comparison is not of zeros
+    masked.set_masks(masks)
+    compactor = Compactor(masked, masks)
+    compact = build_compact(compactor, config)
+    assert (compact(ids).logits - masked.logits(ids)).abs().max() < 1e-4
+    before = [(p.data_ptr(), p.dtype) for p in masked.model.parameters()]
+    for dtype in (torch.float32, torch.float64):
+        equality = check_equal(masked, masks, config, ids, dtype)  # layer by layer
+        assert equality.largest < 1e-4
+        assert equality.scale > 0.1  # the comparison is not of zeros
+    assert [(p.data_ptr(), p.dtype) for p in masked.model.parameters()] == before
 
-    write_folder(tmp_path / "m", compact, _NoTokenizer(), masked.model.generation_config, lambda folder: "card")  # type: ignore[arg-type]
+    with write_folder(tmp_path / "m", compactor, config, _NoTokenizer(), masked.model.generation_config):  # type: ignore[arg-type]
+        pass
     stored = load_file(tmp_path / "m/model.safetensors")
     assert sum(t.numel() for n, t in stored.items() if ".layers." in n) == BlockSize.of(arch).of_masks(masks)
 
@@ -129,8 +137,10 @@ def test_loads_without_nuteprune(tmp_path: Path) -> None:
     config = tiny_config()
     masked, arch = _masked(config, torch.float32)
     masks = _masks(arch, 4)
-    compact = build_compact(masked, masks, config)
-    write_folder(tmp_path / "m", compact, _NoTokenizer(), masked.model.generation_config, lambda folder: "card")  # type: ignore[arg-type]
+    compactor = Compactor(masked, masks)
+    compact = build_compact(compactor, config)
+    with write_folder(tmp_path / "m", compactor, config, _NoTokenizer(), masked.model.generation_config):  # type: ignore[arg-type]
+        pass
     ids = [[5, 6, 7, 8, 9]]
     script = f"""
 import sys; sys.modules["nuteprune"] = None

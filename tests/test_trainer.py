@@ -370,7 +370,7 @@ def test_stop_outside_the_steps_leaves_a_run_to_go_on_with(
     assert not result.complete
     assert "go on with: nuteprune resume" in first.said[-1]
     with monkeypatch.context() as patch:  # while the model is exported: training is done
-        patch.setattr(job, "compare_in", interrupted)
+        patch.setattr(job, "check_equal", interrupted)
         assert not resume(result.run, Quiet()).complete
     assert not result.model.exists()
     assert resume(result.run, Quiet()).complete
@@ -389,18 +389,16 @@ def test_exported_precision(small_run: PruneConfig, tmp_path: Path) -> None:
 
 
 def test_a_compact_model_that_differs_is_not_written(small_run: PruneConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nuteprune.compact import Compactor
     from nuteprune.errors import ExportError
-    from nuteprune.export import hf
 
-    build = hf.build_compact
+    norm = Compactor.norm
 
-    def wrong(*args: Any) -> Any:
-        model = build(*args)
-        with torch.no_grad():
-            model.model.norm.weight.mul_(1.01)
-        return model
+    def wrong(self: Compactor) -> Any:
+        name, weight = norm(self)
+        return name, weight * 1.01
 
-    monkeypatch.setattr(hf, "build_compact", wrong)
+    monkeypatch.setattr(Compactor, "norm", wrong)
     with pytest.raises(ExportError, match="differs from the masked one by up to"):
         prune(small_run, Quiet())
     assert not (Path(small_run.out) / "model").exists()

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -79,3 +80,41 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
     """Writes a safetensors file as a whole."""
     with atomic_file(path) as temporary:
         save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, temporary, metadata)
+
+
+# Names of the safetensors format.
+_FORMAT = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+def stream_tensors(
+    path: Path, shapes: dict[str, torch.Size], dtype: torch.dtype, tensors: Iterable[tuple[str, Tensor]]
+) -> None:
+    """Writes a safetensors file tensor by tensor, as they come: the library's own writer needs all of them in memory.
+
+    The file is not whole before the last one; write it in a folder or under a name that is moved afterwards.
+
+    Args:
+        path: the file.
+        shapes: name and shape of every tensor, in the order in which they come.
+        dtype: precision of all.
+        tensors: names and tensors, on any device.
+
+    Raises:
+        ValueError: a tensor that was not announced, or one that is missing.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + shape.numel() * dtype.itemsize
+        header[name] = {"dtype": _FORMAT[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    expected = iter(shapes.items())
+    with path.open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for name, tensor in tensors:
+            if (name, tensor.shape) != (wanted := next(expected, ("nothing", torch.Size()))):
+                raise ValueError(f"tensor {name} {list(tensor.shape)} came where {wanted[0]} {list(wanted[1])} was due")
+            file.write(tensor.detach().to("cpu", dtype).contiguous().view(torch.uint8).numpy().data)
+    if (left := next(expected, None)) is not None:
+        raise ValueError(f"tensor {left[0]} is missing")

@@ -23,11 +23,12 @@ from nuteprune import __version__
 from nuteprune.arch import Arch
 from nuteprune.card import Figures, model_card
 from nuteprune.checkpoint import checkpoints
+from nuteprune.compact import Compactor
 from nuteprune.config import PruneConfig, flag, read_yaml
 from nuteprune.data import SELF, Blocks, build_blocks, check_sources
 from nuteprune.errors import ConfigError, TrainingError
 from nuteprune.evaluate import Perplexity, blocks_perplexity
-from nuteprune.export.hf import Equality, compare_in, write_folder
+from nuteprune.export.hf import Equality, check_equal, write_folder
 from nuteprune.files import atomic_folder, save_json, save_text
 from nuteprune.masking import LoraOptions
 from nuteprune.models import DTYPES, Source, describe, pick_device, pick_dtype
@@ -278,24 +279,23 @@ class _Job:
         compared = apart[:COMPARED] if apart is not None else blocks.read(list(range(min(COMPARED, blocks.count))))
         exact: Equality | None = None
         if self.arch.total <= EXACT_LIMIT:  # float64 tells errors of folding from rounding
-            _, exact = compare_in(torch.float64, masked, masks, self.dense, compared)
-        # float32 is what counts; a bfloat16 base takes twice its memory from here on
-        compact, equality = compare_in(torch.float32, masked, masks, self.dense, compared)
+            exact = check_equal(masked, masks, self.dense, compared, torch.float64)
+        equality = check_equal(masked, masks, self.dense, compared)
         also = f" ({exact.largest:.2e} in float64)" if exact is not None else ""
         reporter.say(
             f"compact equals masked: largest logit difference {equality.largest:.2e}{also} over {equality.tokens:,} tokens"
         )
-        compact.to(dtype=self.save_dtype)  # type: ignore[call-arg]  # what is measured from here on is what is written
-        pruned: Perplexity | None = None
-        if apart is not None:
-            with reporter.counter("perplexity of the pruned model") as progress:
-                pruned = blocks_perplexity(
-                    lambda x: compact(input_ids=x, use_cache=False).logits, apart, HELD_OUT_NAME, progress
-                )
-        figures: Figures | None = None
-
-        def card(folder: Path) -> str:
-            nonlocal figures
+        compactor = Compactor(masked, masks, self.save_dtype)
+        generation = masked.model.generation_config
+        with write_folder(run / MODEL, compactor, self.dense, self.tokenizer, generation) as folder:
+            masked.release()  # from here on the written files speak for themselves
+            compact = Source.find(str(folder)).model(masked.device, self.save_dtype)
+            pruned: Perplexity | None = None
+            if apart is not None:
+                with reporter.counter("perplexity of the pruned model") as progress:
+                    pruned = blocks_perplexity(
+                        lambda x: compact(input_ids=x, use_cache=False).logits, apart, HELD_OUT_NAME, progress
+                    )
             figures = Figures(
                 blocks_before=trainer.size.full,
                 blocks_after=trainer.size.of_masks(masks),
@@ -309,10 +309,7 @@ class _Job:
                 tokens=trainer.state.tokens,
                 seconds=trainer.state.seconds,
             )
-            return model_card(self.source.name, self.config, figures, masks, compact.dtype)
-
-        write_folder(run / MODEL, compact, self.tokenizer, masked.model.generation_config, card)
-        assert figures is not None
+            save_text(folder / "README.md", model_card(self.source.name, self.config, figures, masks, self.save_dtype))
         save_json(run / RESULT, figures.to_dict())
         return figures
 

@@ -131,6 +131,7 @@ class MaskedModel:
         self.lora_axes: dict[str, tuple[int, tuple[Axis, ...]]] = {}  # layer and axes of each LoRA weight
         self._tuners: list[BaseTunerLayer] = []
         self._observer: Observer | None = None
+        self._dtype = self.model.dtype  # in which the model computes
         if lora is not None:
             self._add_lora(lora, fused)
         self._sites = list(self._attach())
@@ -246,7 +247,7 @@ class MaskedModel:
         if self.arrangement is not None:
             masks = self.arrangement.masks(masks)
         dims = self.arch.dims
-        like = {"device": self.device, "dtype": self.model.dtype}
+        like = {"device": self.device, "dtype": self._dtype}
         each = dims.queries * dims.head_dim
         heads = masks.heads.to(**like).repeat_interleave(each, dim=1).unbind(0)
         channels = masks.intermediate.to(**like).unbind(0)
@@ -309,7 +310,7 @@ class MaskedModel:
             Hidden states after the final norm, [batch, tokens, hidden].
         """
         decoder = getattr(self.model, self.model.base_model_prefix)
-        half = self.model.dtype if self.model.dtype in (torch.bfloat16, torch.float16) else None
+        half = self._dtype if self._dtype in (torch.bfloat16, torch.float16) else None
         self._observer = observer
         try:
             with torch.autocast(self.device.type, half, enabled=half is not None):
@@ -366,22 +367,67 @@ class MaskedModel:
             base.full.copy_(arrangement.cut(base.full, base.axes, base.layer, self._full_widths()))
 
     def restore(self) -> None:
-        """Puts the base weights back as they were, bit for bit."""
+        """Puts the base weights back as they were, bit for bit, and undoes `compile`."""
         if self.arrangement is not None:
             self.install(Role({}, None, self._full_widths()))
             for base in self._bases:
                 base.full.copy_(self.arrangement.spread(base.full, base.axes, base.layer, self._full_widths()))
             self.arrangement = None
+        for layer in self.layers:
+            layer._compiled_call_impl = None
+
+    @contextmanager
+    def computing_in(self, dtype: torch.dtype) -> Iterator[None]:
+        """Forward passes in another precision inside the block: each layer's weights are cast while it runs, no longer.
+
+        Masks have to be installed inside the block.
+        """
+        hooks, own, before = [], self._dtype, self._role
+        held: dict[nn.Parameter, Tensor] = {}
+
+        def cast(module: nn.Module, args: Any) -> None:
+            for parameter in module.parameters():
+                held[parameter] = parameter.data
+                parameter.data = parameter.data.to(dtype)
+
+        def back(module: nn.Module, args: Any, output: Any) -> None:
+            for parameter in module.parameters():
+                parameter.data = held.pop(parameter)
+
+        def embedded(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            return output.to(dtype)  # before its mask; looking up rounds nothing
+
+        spec = self.arch.spec
+        try:
+            self._dtype = dtype
+            hooks.append(submodule(self.model, spec.embedding).register_forward_hook(embedded, prepend=True))
+            for module in (*self.layers, submodule(self.model, spec.final_norm)):
+                hooks.append(module.register_forward_pre_hook(cast))
+                hooks.append(module.register_forward_hook(back))
+            yield
+        finally:
+            self._dtype = own
+            for hook in hooks:
+                hook.remove()
+            for parameter, data in held.items():  # an error came in mid-layer
+                parameter.data = data
+            self.install(before)
+
+    def release(self) -> None:
+        """Gives the memory of all weights back; the model cannot be used any more."""
+        for parameter in self.model.parameters():
+            parameter.data = torch.empty(0, dtype=parameter.dtype)
+        self._bases = []
 
     # -- for compaction -----------------------------------------------------------------------------------------------
 
-    def delta(self, layer: int, path: str) -> Tensor | None:
-        """What LoRA adds to the weight [out, in] of a module of a layer, float64, or None."""
+    def lora_pair(self, layer: int, path: str) -> tuple[Tensor, Tensor] | None:
+        """What LoRA adds to a module's weight [out, in] as scaling B A: A [rank, in] and scaling B [out, rank], or None."""
         module = submodule(self.layers[layer], path)
-        if isinstance(module, BaseTunerLayer):
-            a, b = module.lora_A["default"].weight.detach(), module.lora_B["default"].weight.detach()  # type: ignore[attr-defined]
-            return (b.double() @ a.double()) * module.scaling["default"]  # type: ignore[attr-defined,no-any-return]
-        return None
+        if not isinstance(module, BaseTunerLayer):
+            return None
+        a, b = module.lora_A["default"].weight, module.lora_B["default"].weight  # type: ignore[attr-defined]
+        return a.detach(), b.detach() * module.scaling["default"]  # type: ignore[attr-defined]
 
     def parameter(self, layer: int, name: str) -> nn.Parameter:
         """The intact parameter `name` of a layer."""
