@@ -34,7 +34,7 @@ format: install
 	$(BIN)/ruff check --fix .
 
 benchmark: install
-	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/step.py
 
 clean:
 	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache

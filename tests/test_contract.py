@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from nuteprune.arch import FAMILIES, Arch
 from nuteprune.compact import Compactor
 from nuteprune.errors import ArchitectureError
 from nuteprune.export.hf import build_compact, check_equal, write_folder
+from nuteprune.files import stream_tensors
 from nuteprune.masking import LoraOptions, MaskedModel
 from nuteprune.masks import Masks
 from nuteprune.models import load
@@ -189,3 +191,74 @@ def test_undescribed_weights_are_refused(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_mixed_attention_layers_are_refused() -> None:
     with pytest.raises(ArchitectureError, match="use_sliding_window"):
         Arch.from_config(tiny_config("qwen2", use_sliding_window=True, max_window_layers=1))
+
+
+def test_export_and_comparison_hold_one_layer_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_config()
+    masked, arch = _masked(config, torch.float32)
+    masks, made = _masks(arch, 3), []
+    cut = Compactor._cut
+
+    def watched(self: Compactor, *args: Any) -> torch.Tensor:
+        tensor = cut(self, *args)
+        made.append(weakref.ref(tensor))
+        alive.append(sum(r() is not None for r in made))
+        return tensor
+
+    monkeypatch.setattr(Compactor, "_cut", watched)
+    alive: list[int] = []
+    with write_folder(tmp_path / "m", Compactor(masked, masks), config, _NoTokenizer(), None):  # type: ignore[arg-type]
+        assert len(alive) > 10  # matrices of three layers
+        assert max(alive) <= 2  # one on its way to the file, the next being made
+    alive.clear()
+    check_equal(masked, masks, config, torch.randint(2, 96, (2, 20)))
+    assert len(alive) > 10
+    assert max(alive) <= 8  # seven matrices a layer, and the head's rows
+
+
+def test_large_models_are_split_over_files(tmp_path: Path) -> None:
+    config = tiny_config(tie_word_embeddings=False)
+    masked, arch = _masked(config, torch.float32)
+    compactor = Compactor(masked, _masks(arch, 3), torch.bfloat16)
+    with write_folder(tmp_path / "m", compactor, config, _NoTokenizer(), None, max_shard=6_000):  # type: ignore[arg-type]
+        pass
+    files = sorted(p.name for p in (tmp_path / "m").glob("*.safetensors"))
+    assert len(files) > 2
+    index = json.loads((tmp_path / "m/model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == set(files)
+    stored = {name: t for file in files for name, t in load_file(tmp_path / "m" / file).items()}
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in stored.values())
+    for name, tensor in compactor.tensors():
+        assert torch.equal(stored[name], tensor), name
+    ids = torch.randint(2, 96, (1, 9))
+    with torch.no_grad():
+        assert torch.equal(_load(tmp_path / "m")(ids).logits, build_compact(compactor, config).float()(ids).logits)
+
+
+def test_a_folder_whose_writing_fails_leaves_the_older_one(tmp_path: Path) -> None:
+    config = tiny_config()
+    masked, arch = _masked(config, torch.float32)
+    compactor = Compactor(masked, _masks(arch, 3))
+
+    def write(fail: bool) -> None:
+        with write_folder(tmp_path / "m", compactor, config, _NoTokenizer(), None):  # type: ignore[arg-type]
+            if fail:
+                raise RuntimeError("stopped")
+
+    write(False)
+    before = (tmp_path / "m/model.safetensors").read_bytes()
+    with pytest.raises(RuntimeError, match="stopped"):
+        write(True)
+    assert (tmp_path / "m/model.safetensors").read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]
+
+
+def test_streamed_file_refuses_what_was_not_announced(tmp_path: Path) -> None:
+    shapes = {"a": torch.Size([2, 3]), "b": torch.Size([])}
+    tensors = {"a": torch.randn(2, 3), "b": torch.tensor(4.0)}
+    stream_tensors(tmp_path / "x", shapes, torch.float32, tensors.items())
+    assert all(torch.equal(t, tensors[name]) for name, t in load_file(tmp_path / "x").items())
+    with pytest.raises(ValueError, match=r"tensor a \[2, 2\] came where a \[2, 3\] was due"):
+        stream_tensors(tmp_path / "x", shapes, torch.float32, {"a": torch.zeros(2, 2)}.items())
+    with pytest.raises(ValueError, match="tensor b is missing"):
+        stream_tensors(tmp_path / "x", shapes, torch.float32, {"a": torch.zeros(2, 3)}.items())

@@ -115,6 +115,6 @@ def stream_tensors(
         for name, tensor in tensors:
             if (name, tensor.shape) != (wanted := next(expected, ("nothing", torch.Size()))):
                 raise ValueError(f"tensor {name} {list(tensor.shape)} came where {wanted[0]} {list(wanted[1])} was due")
-            file.write(tensor.detach().to("cpu", dtype).contiguous().view(torch.uint8).numpy().data)
+            file.write(tensor.detach().to("cpu", dtype).contiguous().flatten().view(torch.uint8).numpy().data)
     if (left := next(expected, None)) is not None:
         raise ValueError(f"tensor {left[0]} is missing")
