@@ -28,7 +28,7 @@ from nuteprune.compact import Compactor
 from nuteprune.config import PruneConfig
 from nuteprune.export.hf import build_compact
 from nuteprune.models import Source, pick_device, pick_dtype
-from nuteprune.teachers import Snapshot
+from nuteprune.teachers import Snapshot, TeacherBank
 from nuteprune.trainer import Trainer
 
 PARTS = (
@@ -89,14 +89,18 @@ def times(config: PruneConfig, pairs: int, fast: bool) -> dict[str, Any]:
         seconds: dict[str, list[tuple[float, float]]] = {"plain": [], "nuteprune": []}
         parts: dict[str, list[tuple[float, float]]] = defaultdict(list)
         teachers = set()
+        whole = trainer.part
         for _ in range(pairs):
             seconds["plain"].append(sides.timed(plain))
-            trainer.part = clock = sides.Clock()
             lines: list[dict[str, Any]] = []
             seconds["nuteprune"].append(sides.timed(lambda: lines.append(trainer.step())))  # noqa: B023
             teachers.add(lines[0]["teacher"])
+        for _ in range(pairs):  # steps of their own: timing the parts empties a GPU's queue between them
+            trainer.part = clock = sides.Clock()
+            trainer.step()
             for part in PARTS:
                 parts[part].append(clock.seconds.get(part, (0.0, 0.0)))
+        trainer.part = whole
         side = {name: sides.medians(values) for name, values in seconds.items()}
         found[phase] = {
             **side,
@@ -107,17 +111,30 @@ def times(config: PruneConfig, pairs: int, fast: bool) -> dict[str, Any]:
         }
         if phase == "ramp, record" and fast:
             compact = compact_teacher(trainer, config)
-    return {"phases": found, "snapshot": snapshot(trainer), "compact_teacher": compact}
+        if phase == "ramp, record":
+            one, change = snapshot(trainer), record_change(trainer)
+    return {"phases": found, "snapshot": one, "record_change": change, "compact_teacher": compact}
 
 
 def snapshot(trainer: Trainer) -> dict[str, float]:
     """Seconds that one snapshot takes: discrete masks of its size, LoRA weights copied and written."""
+    bank = TeacherBank(trainer.folder / "scratch")
 
     def take() -> None:
         masks, _ = trainer.discrete(0.1)
-        trainer.bank.add(Snapshot(1, 0.1, 0, masks, trainer.masked.lora_copy()))
+        bank.add(Snapshot(1, 0.1, 0, masks, trainer.masked.lora_copy()))
 
     return sides.medians([sides.timed(take) for _ in range(3)])
+
+
+def record_change(trainer: Trainer) -> dict[str, float]:
+    """Seconds that it takes when another record begins to teach: its file is read and its role prepared."""
+
+    def change() -> None:
+        record = trainer.bank[10]
+        trainer.masked.prepare(record.masks, record.lora)
+
+    return sides.medians([sides.timed(change) for _ in range(5)])
 
 
 @torch.no_grad()
@@ -177,13 +194,13 @@ def show(result: dict[str, Any]) -> None:
     print(f"\n{', '.join([result['shape'] + ' tokens', *more])}")
     print(f"{'':18}{'plain s':>9}{'ours s':>9}{'wall x':>8}{'cpu x':>8}{'tok/s':>8}   CPU share of each part")
     for phase, found in result["phases"].items():
-        total = found["nuteprune"]["cpu"]
+        total = sum(found["parts"][part]["cpu"] for part in PARTS)
         shares = ", ".join(f"{part} {100 * found['parts'][part]['cpu'] / total:.1f} %" for part in PARTS)
         print(
             f"{phase:18}{found['plain']['wall']:9.3f}{found['nuteprune']['wall']:9.3f}{found['ratio']['wall']:8.3f}"
             f"{found['ratio']['cpu']:8.3f}{found['tokens_per_s']['nuteprune']:8.0f}   {shares}"
         )
-    print(f"a snapshot takes {result['snapshot']['wall']:.3f} s")
+    print(f"a snapshot takes {result['snapshot']['wall']:.3f} s, a change of record {result['record_change']['wall']:.3f} s")
     if (compact := result["compact_teacher"]) is not None:
         print(
             f"teacher of 15 %: {compact['in_place']:.3f} CPU s in place, {compact['compact']:.3f} as a compact model, which "

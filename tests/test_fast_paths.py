@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import KINDS, random_masks, tiny_config, tiny_model
+from torch._dynamo.utils import counters
 
 from nuteprune import arrangement
 from nuteprune.arch import Arch
@@ -216,9 +217,16 @@ def test_recovery_runs_at_the_width_that_is_left(small_run: PruneConfig, tmp_pat
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch.compile's own
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("backend", "changes"),
+    [
+        ("aot_eager", {}),
+        ("aot_eager", {"gradient_checkpointing": True, "hidden_loss": "plain"}),
+        pytest.param("inductor", {}, marks=pytest.mark.slow),
+    ],
+)
 def test_compiled_run_follows_the_plain_one(
-    small_run: PruneConfig, backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_run: PruneConfig, backend: str, changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiled_layers = []
 
@@ -227,10 +235,25 @@ def test_compiled_run_follows_the_plain_one(
         layer._compiled_call_impl = torch.compile(layer._call_impl, backend=backend)
 
     monkeypatch.setattr(torch.nn.Module, "compile", compile_layer)
-    config = small_run.replace(steps=10, snapshot_every=0.05, teacher_lag=1)
+    torch._dynamo.reset()
+    counters.clear()
+    config = small_run.replace(steps=10, snapshot_every=0.05, teacher_lag=1, **changes)
     eager = prune(config)
-    compiled = prune(config.replace(compile=True, out=str(tmp_path / "compiled")))
+    strict: Any = torch._dynamo.config
+    with strict.patch(fail_on_recompile_limit_hit=True):
+        compiled = prune(config.replace(compile=True, out=str(tmp_path / "compiled")))
     assert len(compiled_layers) == 3
+    assert len(counters["graph_break"]) == ("hidden_loss" in changes)  # hidden states are taken between the graphs
+    assert 0 < counters["stats"]["unique_graphs"] <= 12  # by role and kind of width, not by layer or step
     for a, b in zip(read_metrics(eager.run / "metrics.jsonl"), read_metrics(compiled.run / "metrics.jsonl"), strict=True):
         for key in ("loss", "kl", "gradient_norm", "expected_sparsity"):
             assert b[key] == pytest.approx(a[key], rel=1e-3, abs=1e-6), (key, a["step"])
+
+
+def test_masks_from_elsewhere_come_to_the_arrangement() -> None:
+    """Snapshots lie in CPU memory while the order is on the model's device."""
+    dims = Arch.from_config(tiny_config()).dims
+    order = Arrangement.of(dims, Masks.ones(dims, torch.device("cpu")), [])
+    with torch.device("meta"):
+        elsewhere = Arrangement(dims, order.heads.to("meta"), order.intermediate.to("meta"))
+    assert elsewhere.masks(Masks.ones(dims, torch.device("cpu"))).heads.device.type == "meta"

@@ -45,6 +45,18 @@ def test_head_loss_equals_plain_autograd(
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
 
 
+def test_small_kl_keeps_its_digits() -> None:
+    g = torch.Generator().manual_seed(0)
+    weight, teacher = 3.0 * torch.randn(5000, 16, generator=g), torch.randn(1, 64, 16, generator=g)
+    student = (teacher + 1e-4 * torch.randn(1, 64, 16, generator=g)).requires_grad_()
+    ids = torch.randint(5000, (1, 64), generator=g)
+    found = head_loss(student, teacher, ids, weight)
+    p, q = ((x.detach().double() @ weight.double().T).log_softmax(-1) for x in (teacher, student))
+    exact = float((p.exp() * (p - q)).sum(-1).mean())
+    assert found.kl == pytest.approx(exact, abs=5e-7)
+    assert (teacher @ weight.T).abs().max() > 30  # logits large enough to lose the difference in
+
+
 def test_no_teacher_means_language_model_loss() -> None:
     student = torch.randn(1, 6, 4, requires_grad=True)
     weight, ids = torch.randn(9, 4), torch.randint(9, (1, 6))

@@ -155,11 +155,24 @@ def test_base_weights_are_untouched_and_not_copied(small_run: PruneConfig, model
         assert torch.equal(after[name], value)
 
 
-def test_teacher_roles_leave_the_student_as_it_was(small_run: PruneConfig, model_folder: Path) -> None:
+def _interrupt_once(function: Any) -> Any:
+    """The function, interrupted at its first call."""
+    calls = []
+
+    def wrapped(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return function(*args)
+
+    return wrapped
+
+
+def test_teacher_roles_leave_the_student_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     from conftest import random_masks, tiny_config, tiny_model
 
     from nuteprune.arch import Arch
-    from nuteprune.masking import LoraOptions, MaskedModel
+    from nuteprune.masking import LoraOptions, MaskedModel, Role
 
     config = tiny_config()
     arch = Arch.from_config(config)
@@ -178,6 +191,14 @@ def test_teacher_roles_leave_the_student_as_it_was(small_run: PruneConfig, model
     with masked.role(random_masks(arch, 2), other):
         teacher = masked.logits(ids)
     assert torch.equal(masked.logits(ids), student)
+    incomplete = {name: p for name, p in other.items() if "layers.2" not in name}
+    roles = [masked.prepare(None, None), Role(masked.prepare(random_masks(arch, 2), other).scales, incomplete, masked.widths)]
+    with monkeypatch.context() as patch:  # stopped in the middle of a switch
+        patch.setattr(masked._tuners[9], "enable_adapters", _interrupt_once(masked._tuners[9].enable_adapters))
+        for role, error in zip(roles, (KeyboardInterrupt, KeyError), strict=True):
+            with pytest.raises(error), masked.playing(role):
+                pass
+            assert torch.equal(masked.logits(ids), student)
     assert all(p.requires_grad for p in masked.lora.values())
     masked.load_lora(other)
     masked.set_masks(random_masks(arch, 2))

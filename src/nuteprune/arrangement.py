@@ -68,7 +68,8 @@ class Arrangement:
         return Widths(needed("heads", 1), needed("intermediate", ALIGN))
 
     def masks(self, masks: Masks) -> Masks:
-        """Masks in this order, with gradients."""
+        """Masks in this order, with gradients, on its device."""
+        masks = masks.to(self.heads.device)
         return Masks(masks.heads.gather(1, self.heads), masks.intermediate.gather(1, self.intermediate), masks.hidden)
 
     def index(self, axis: Axis, layer: int, widths: Widths) -> Tensor | None:

@@ -40,7 +40,7 @@ CONFIG, BLOCKS, METRICS, RESULT, MODEL = "config.yaml", "data/blocks.safetensors
 HELD_OUT = 32  # most blocks set apart for perplexity before and after
 HELD_OUT_NAME = "held-out blocks of the training text"
 EXACT_LIMIT = 5e8  # parameters up to which the comparison is made in float64 too
-COMPARED = 4  # blocks on which the compact model is compared with the masked one
+COMPARED = 2048  # most tokens on which the compact model is compared with the masked one, in up to 4 blocks
 
 
 @dataclass(frozen=True)
@@ -276,7 +276,8 @@ class _Job:
         if apart is not None:
             with reporter.counter("perplexity of the dense model") as progress, masked.role(None, None):
                 dense = blocks_perplexity(masked.logits, apart, HELD_OUT_NAME, progress)
-        compared = apart[:COMPARED] if apart is not None else blocks.read(list(range(min(COMPARED, blocks.count))))
+        some = apart[:4] if apart is not None else blocks.read(list(range(min(4, blocks.count))))
+        compared = some[: max(1, COMPARED // some.shape[1]), :COMPARED]
         exact: Equality | None = None
         if self.arch.total <= EXACT_LIMIT:  # float64 tells errors of folding from rounding
             exact = check_equal(masked, masks, self.dense, compared, torch.float64)

@@ -72,8 +72,8 @@ class _FusedHead(torch.autograd.Function):
                 gap = torch.linalg.vecdot(p, other.sub_(logits))
                 q = torch.softmax(logits, -1, out=logits)
                 most = q.amax(-1).log()
-                # sum p (log p - log q) = sum p (t - s) - logsumexp(t) + logsumexp(s), for logits t and s
-                kl_sum += (gap - (highest - p.amax(-1).log()) + (top - most)).sum()
+                # sum p (log p - log q) = sum p (t - s) - logsumexp(t) + logsumexp(s), for logits t and s; large numbers first
+                kl_sum += (gap - (highest - top) + (p.amax(-1).log() - most)).sum()
                 if temperature == 1.0 and not lm_weight:
                     lm_sum += ((top - most - picked) * valid).sum()
                 # d [T^2 KL] / d logits = T (q - p)

@@ -131,6 +131,7 @@ class MaskedModel:
         self.lora_axes: dict[str, tuple[int, tuple[Axis, ...]]] = {}  # layer and axes of each LoRA weight
         self._tuners: list[BaseTunerLayer] = []
         self._observer: Observer | None = None
+        self._observed = 0  # layers that the observer has seen in this forward pass
         self._dtype = self.model.dtype  # in which the model computes
         if lora is not None:
             self._add_lora(lora, fused)
@@ -179,16 +180,19 @@ class MaskedModel:
                 for path in self.arch.linears(out=Axis.HIDDEN):
                     yield site(submodule(layer, path), "out_mask", "hidden", 0)
             if index < self.arch.dims.layers - 1:
-                layer.register_forward_hook(self._observe(index))
+                layer.register_forward_hook(self._after_layer)
         if "hidden" in self.kinds:
             yield site(submodule(self.model, spec.embedding), "out_mask", "hidden", 0)
 
-    def _observe(self, index: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if self._observer is not None:
-                self._observer(index, output[0] if isinstance(output, tuple) else output)
+    def _after_layer(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._observer is not None:
+            self._observe(output[0] if isinstance(output, tuple) else output)
 
-        return hook
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # not part of a layer's graph, which all layers share
+    def _observe(self, states: Tensor) -> None:
+        assert self._observer is not None
+        self._observer(self._observed, states)
+        self._observed += 1
 
     def _base_weights(self) -> Iterator[BaseWeight]:
         """The base model's parameters along axes that roles can do without."""
@@ -276,14 +280,14 @@ class MaskedModel:
     def playing(self, role: Role) -> Iterator[None]:
         """The model in a role inside the block, the student's again after it; nothing is copied."""
         before, mine = self._role, [p.data for p in self.lora.values()]
-        self.install(role)
-        if role.lora is None:
-            for tuner in self._tuners:
-                tuner.enable_adapters(False)
-        else:
-            for name, parameter in self.lora.items():
-                parameter.data = role.lora[name]
         try:
+            self.install(role)
+            if role.lora is None:
+                for tuner in self._tuners:
+                    tuner.enable_adapters(False)
+            else:
+                for name, parameter in self.lora.items():
+                    parameter.data = role.lora[name]
             yield
         finally:
             self.install(before)
@@ -311,7 +315,7 @@ class MaskedModel:
         """
         decoder = getattr(self.model, self.model.base_model_prefix)
         half = self._dtype if self._dtype in (torch.bfloat16, torch.float16) else None
-        self._observer = observer
+        self._observer, self._observed = observer, 0
         try:
             with torch.autocast(self.device.type, half, enabled=half is not None):
                 return decoder(input_ids=input_ids, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
@@ -416,18 +420,18 @@ class MaskedModel:
     def release(self) -> None:
         """Gives the memory of all weights back; the model cannot be used any more."""
         for parameter in self.model.parameters():
-            parameter.data = torch.empty(0, dtype=parameter.dtype)
+            parameter.data = parameter.data.new_empty(0)
         self._bases = []
 
     # -- for compaction -----------------------------------------------------------------------------------------------
 
     def lora_pair(self, layer: int, path: str) -> tuple[Tensor, Tensor] | None:
-        """What LoRA adds to a module's weight [out, in] as scaling B A: A [rank, in] and scaling B [out, rank], or None."""
+        """A [rank, in] and scaling B [out, rank] (float64), whose product LoRA adds to a module's weight; or None."""
         module = submodule(self.layers[layer], path)
         if not isinstance(module, BaseTunerLayer):
             return None
         a, b = module.lora_A["default"].weight, module.lora_B["default"].weight  # type: ignore[attr-defined]
-        return a.detach(), b.detach() * module.scaling["default"]  # type: ignore[attr-defined]
+        return a.detach(), b.detach().double() * module.scaling["default"]  # type: ignore[attr-defined]
 
     def parameter(self, layer: int, name: str) -> nn.Parameter:
         """The intact parameter `name` of a layer."""

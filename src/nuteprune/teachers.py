@@ -80,7 +80,7 @@ class TeacherBank:
         bank = cls(folder)
         bank._count = records
         for record in range(1, records + 1):
-            bank.masks(record)  # a damaged file is found now, not in mid-run
+            bank.masks(record)  # one that is missing or cut short is found now, not in mid-run
         for path in folder.glob("record-*.safetensors"):
             if int(path.stem.split("-")[1]) > records:
                 path.unlink()

@@ -332,9 +332,9 @@ class Trainer:
                 f"the gates stood at {100 * reached:.1f} % when the masks were frozen at {100 * self.config.sparsity:.1f} %, "
                 "so many units were cut without training; give more --steps or --control projection"
             )
-        self.freeze_at(masks)
         if self.state.reached is None:
             self.mark_reached(self.state.step)
+        self.freeze_at(masks)
 
     def freeze_at(self, masks: Masks) -> None:
         """Fixes the masks; the student, and where they can its teachers, run at the width that is left."""
@@ -342,7 +342,8 @@ class Trainer:
         self.frozen_sparsity = torch.tensor(self.size.sparsity(masks))
         self.gates.requires_grad_(False)
         if self.fast:
-            teachers = [self.bank.masks(record) for record in range(1, len(self.bank) + 1)]
+            newest = self.policy.record(self.freeze_step, self.state.walk_from, self.state.reached) or INTACT
+            teachers = [self.bank.masks(record) for record in range(1, newest + 1)]
             self.masked.arrange(Arrangement.of(self.masked.arch.dims, self.masks, teachers))
         self.masked.set_masks(self.masks)
         self.teacher = None
