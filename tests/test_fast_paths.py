@@ -243,7 +243,7 @@ def test_compiled_run_follows_the_plain_one(
     with strict.patch(fail_on_recompile_limit_hit=True):
         compiled = prune(config.replace(compile=True, out=str(tmp_path / "compiled")))
     assert len(compiled_layers) == 3
-    assert len(counters["graph_break"]) == ("hidden_loss" in changes)  # hidden states are taken between the graphs
+    assert not counters["graph_break"]
     assert 0 < counters["stats"]["unique_graphs"] <= 12  # by role and kind of width, not by layer or step
     for a, b in zip(read_metrics(eager.run / "metrics.jsonl"), read_metrics(compiled.run / "metrics.jsonl"), strict=True):
         for key in ("loss", "kl", "gradient_norm", "expected_sparsity"):
