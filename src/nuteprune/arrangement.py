@@ -27,6 +27,11 @@ class Widths:
     heads: tuple[int, ...]
     intermediate: tuple[int, ...]
 
+    @classmethod
+    def full(cls, dims: Dims) -> Widths:
+        """Everything."""
+        return cls((dims.groups,) * dims.layers, (dims.intermediate,) * dims.layers)
+
 
 @dataclass(frozen=True)
 class Arrangement:
@@ -57,7 +62,7 @@ class Arrangement:
     def widths(self, masks: Masks | None) -> Widths:
         """What masks need; everything for None."""
         if masks is None:
-            return Widths((self.dims.groups,) * self.dims.layers, (self.dims.intermediate,) * self.dims.layers)
+            return Widths.full(self.dims)
 
         def needed(kind: str, align: int) -> tuple[int, ...]:
             order: Tensor = getattr(self, kind)

@@ -137,7 +137,7 @@ class MaskedModel:
             self._add_lora(lora, fused)
         self._sites = list(self._attach())
         self._bases = list(self._base_weights())
-        self._role = Role({}, None, self._full_widths())
+        self._role = Role({}, None, Widths.full(self.arch.dims))
 
     # -- set-up -------------------------------------------------------------------------------------------------------
 
@@ -235,14 +235,10 @@ class MaskedModel:
             masks: its masks, kept in the graph; None for the intact model.
             lora: its LoRA weights; None switches LoRA off.
         """
-        widths = self._full_widths() if self.arrangement is None else self.arrangement.widths(masks)
+        widths = Widths.full(self.arch.dims) if self.arrangement is None else self.arrangement.widths(masks)
         if lora is not None:
             lora = {name: self.cut_lora(name, lora[name], widths).to(self.device) for name in self.lora}
         return Role(self._scales(masks, widths), lora, widths)
-
-    def _full_widths(self) -> Widths:
-        dims = self.arch.dims
-        return Widths((dims.groups,) * dims.layers, (dims.intermediate,) * dims.layers)
 
     def _scales(self, masks: Masks | None, widths: Widths) -> dict[str, list[Tensor]]:
         """Mask values as the modules take them, by kind and place."""
@@ -365,17 +361,17 @@ class MaskedModel:
         The caller cuts the student's LoRA weights.
         """
         assert self.arrangement is None
-        self.install(Role({}, None, self._full_widths()))
+        self.install(Role({}, None, Widths.full(self.arch.dims)))
         self.arrangement = arrangement
         for base in self._bases:
-            base.full.copy_(arrangement.cut(base.full, base.axes, base.layer, self._full_widths()))
+            base.full.copy_(arrangement.cut(base.full, base.axes, base.layer, Widths.full(self.arch.dims)))
 
     def restore(self) -> None:
         """Puts the base weights back as they were, bit for bit, and undoes `compile`."""
         if self.arrangement is not None:
-            self.install(Role({}, None, self._full_widths()))
+            self.install(Role({}, None, Widths.full(self.arch.dims)))
             for base in self._bases:
-                base.full.copy_(self.arrangement.spread(base.full, base.axes, base.layer, self._full_widths()))
+                base.full.copy_(self.arrangement.spread(base.full, base.axes, base.layer, Widths.full(self.arch.dims)))
             self.arrangement = None
         for layer in self.layers:
             layer._compiled_call_impl = None
