@@ -109,15 +109,25 @@ def _open(path: Path) -> IO[bytes]:
     return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
 
 
-def _read_jsonl(path: Path, key: str) -> Iterator[str]:
+def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """The values of a file of one JSON value a line, gzipped or not, each with "file, line N" for errors.
+
+    Raises:
+        DataError: unreadable input, with file and line.
+    """
     for number, line in _lines(path):
         if not line.strip():
             continue
+        where = f"{path}, line {number}"
         try:
-            record = json.loads(line)
+            yield where, json.loads(line)
         except ValueError as error:
-            raise DataError(f"{path}, line {number}: not JSON ({error}); every line must be one object.") from error
-        yield _field(record, key, f"{path}, line {number}")
+            raise DataError(f"{where}: not JSON ({error}); every line must be one object.") from error
+
+
+def _read_jsonl(path: Path, key: str) -> Iterator[str]:
+    for where, record in json_lines(path):
+        yield _field(record, key, where)
 
 
 def _field(record: Any, key: str, where: str) -> str:

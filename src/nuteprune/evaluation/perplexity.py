@@ -1,13 +1,11 @@
-"""Perplexity with its protocol stated, and generation speed."""
+"""Perplexity with its protocol stated."""
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -200,28 +198,3 @@ def blocks_perplexity(logits: Logits, blocks: Tensor, name: str, progress: Progr
     mean = nats / scored
     joined = "documents joined by the end-of-text token"
     return Perplexity(name, joined, window, window, len(blocks), scored, mean, math.exp(min(mean, 700)), None)
-
-
-@torch.no_grad()
-def generation_speed(
-    models: dict[str, PreTrainedModel], tokenizer: PreTrainedTokenizerBase, new_tokens: int = 64, rounds: int = 5
-) -> dict[str, float]:
-    """Tokens a second of greedy generation with cache, batch 1: medians of rounds in which the models take turns."""
-    prompt = tokenizer("The history of the city begins with", return_tensors="pt", add_special_tokens=False)["input_ids"]
-    times: dict[str, list[float]] = {name: [] for name in models}
-    for round_number in range(rounds + 1):  # the first warms up
-        for name, model in models.items():
-            ids = prompt.to(model.device)
-            began = time.perf_counter()
-            generate: Any = model.generate
-            generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                do_sample=False,
-                max_new_tokens=new_tokens,
-                min_new_tokens=new_tokens,
-                pad_token_id=0,
-            )
-            if round_number:
-                times[name].append(time.perf_counter() - began)
-    return {name: new_tokens / median(values) for name, values in times.items()}

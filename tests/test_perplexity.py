@@ -9,7 +9,8 @@ import torch
 from conftest import make_tokenizer, text, tiny_config, tiny_model
 
 from nuteprune.errors import ConfigError, DataError
-from nuteprune.evaluate import blocks_perplexity, generation_speed, perplexity, read_set
+from nuteprune.evaluation.perplexity import blocks_perplexity, perplexity, read_set
+from nuteprune.evaluation.speed import generation_speed
 
 
 @pytest.mark.parametrize("windows", [None, 3])

@@ -1,0 +1,32 @@
+"""Versions and machine, for records."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from nuteprune import __version__
+
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "datasets", "tokenizers", "gguf", "lm_eval")
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions of what the library stands on, and the machine."""
+    packages = {"nuteprune": __version__}
+    for name in PACKAGES:
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return {
+        "packages": packages,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }

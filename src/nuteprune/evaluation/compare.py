@@ -1,0 +1,222 @@
+"""Models side by side: parameters, perplexity, tasks, and what is retained of the first one's quality."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nuteprune.errors import ConfigError
+from nuteprune.evaluation.record import DENSE, FOLDER, PRUNED, Evaluation, run_folder
+
+
+@dataclass(frozen=True)
+class Row:
+    """A measure over all models.
+
+    Attributes:
+        name: what was measured.
+        values: a value a model; None where it was not measured or by another protocol.
+        stderr: standard errors, None where there are none.
+        kind: "share" (accuracies and the like), "number", or "count".
+        higher_is_better: whether more is better; None for counts.
+        protocol: how it was measured.
+    """
+
+    name: str
+    values: tuple[float | None, ...]
+    stderr: tuple[float | None, ...]
+    kind: str
+    higher_is_better: bool | None
+    protocol: str
+
+    def ratio(self, index: int) -> float | None:
+        """Value of a model over that of the first; None if one is missing."""
+        first, value = self.values[0], self.values[index]
+        return value / first if first and value is not None else None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A table of models, the first of which is the one that the others are measured against.
+
+    Attributes:
+        models: names.
+        rows: measures; the average over tasks comes last where there are at least two.
+        left_out: what could not be compared, and why.
+    """
+
+    models: tuple[str, ...]
+    rows: tuple[Row, ...]
+    left_out: tuple[str, ...]
+
+    @property
+    def notes(self) -> list[str]:
+        """How each row was measured, and what was left out."""
+        return [f"{row.name}: {row.protocol}." for row in self.rows if row.protocol] + list(self.left_out)
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """Header and cells: a column a model, and after each but the first one its ratio to the first."""
+        last = [name.rstrip("/").rpartition("/")[2] for name in self.models]
+        names = last if len(set(last)) == len(last) else list(self.models)
+        header = ["", names[0]]
+        for name in names[1:]:
+            header += [name, "of first"]
+        body = []
+        for row in self.rows:
+            cells = [row.name, shown(row, 0)]
+            for index in range(1, len(self.models)):
+                cells += [shown(row, index), shown_ratio(row, index)]
+            body.append(cells)
+        return header, body
+
+    def markdown(self) -> str:
+        """The table as Markdown, with its notes."""
+        header, body = self.table()
+        lines = [header, ["---"] * len(header), *body]
+        return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n\n" + "\n".join(self.notes) + "\n"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "models": list(self.models),
+            "rows": [
+                {
+                    "name": row.name,
+                    "values": list(row.values),
+                    "stderr": list(row.stderr),
+                    "ratios": [row.ratio(i) for i in range(len(self.models))],
+                }
+                for row in self.rows
+            ],
+            "notes": self.notes,
+        }
+
+
+def shown(row: Row, index: int) -> str:
+    """A value as people write it: shares in per cent with their standard error."""
+    value, error = row.values[index], row.stderr[index]
+    if value is None:
+        return "-"
+    if row.kind == "share":
+        return f"{100 * value:.2f}" + (f" ± {100 * error:.2f}" if error is not None else "")
+    return f"{value:,.0f}" if row.kind == "count" else f"{value:.3f}"
+
+
+def shown_ratio(row: Row, index: int) -> str:
+    """A ratio: per cent retained for shares and counts, a factor for other numbers."""
+    ratio = row.ratio(index)
+    if ratio is None:
+        return "-"
+    return f"x {ratio:.3f}" if row.kind == "number" else f"{100 * ratio:.2f} %"
+
+
+def compare(records: list[Evaluation]) -> Comparison:
+    """Compares evaluations; the first is the reference.
+
+    The average is over the tasks that all models share under one protocol; "of first" of the average is the ratio of the
+    averages, as the papers report retained quality.
+
+    Raises:
+        ConfigError: fewer than two records, or nothing that two of them share.
+    """
+    if len(records) < 2:
+        raise ConfigError(f"compare got {len(records)} evaluation; give at least two, the dense model's first.")
+    rows = [Row("parameters", tuple(float(r.parameters) for r in records), (None,) * len(records), "count", None, "")]
+    left_out: list[str] = []
+    rows += _rows(records, "perplexity", left_out)
+    tasks = _rows(records, "tasks", left_out)
+    rows += tasks
+    whole = [row for row in tasks if row.kind == "share" and None not in row.values]
+    if len(whole) > 1:
+        rows.append(_average(whole))
+    rows += _speed(records)
+    if len(rows) == 1:
+        reason = f" ({left_out[0]})" if left_out else ""
+        raise ConfigError(
+            f"{' and '.join(r.model for r in records)} share no measurement{reason}; run nuteprune eval on all alike."
+        )
+    return Comparison(tuple(r.model for r in records), tuple(rows), tuple(left_out))
+
+
+def _rows(records: list[Evaluation], section: str, left_out: list[str]) -> list[Row]:
+    """The rows of perplexities or of tasks; values by another protocol than the first model's are left out, with a reason."""
+    rows = []
+    for name, first in getattr(records[0], section).items():
+        values: list[float | None] = []
+        errors: list[float | None] = []
+        for record in records:
+            entry = getattr(record, section).get(name)
+            if entry is not None and (entry["protocol"], record.dtype) != (first["protocol"], records[0].dtype):
+                left_out.append(
+                    f"{name} of {record.model} is left out: measured otherwise ({entry['protocol']}, {record.dtype})."
+                )
+                entry = None
+            values.append(None if entry is None else float(entry["value" if section == "tasks" else "perplexity"]))
+            errors.append(None if entry is None else entry.get("stderr"))
+        if sum(value is not None for value in values) < 2:
+            continue
+        share = section == "tasks" and first["metric"].partition(",")[0] in ("acc", "acc_norm", "exact_match", "f1")
+        label = f"{name} ({first['metric']})" if section == "tasks" else f"perplexity, {name}"
+        better = bool(first["higher_is_better"]) if section == "tasks" else False
+        protocol = f"{first['protocol']}, {records[0].dtype} on {records[0].device}"
+        rows.append(Row(label, tuple(values), tuple(errors), "share" if share else "number", better, protocol))
+    return rows
+
+
+def _average(tasks: list[Row]) -> Row:
+    """The mean over tasks, with its standard error (tasks are independent of each other)."""
+    count = len(tasks)
+    columns = range(len(tasks[0].values))
+    values = tuple(sum(row.values[i] or 0.0 for row in tasks) / count for i in columns)
+    errors = tuple(
+        None
+        if any(row.stderr[i] is None for row in tasks)
+        else math.sqrt(sum((row.stderr[i] or 0.0) ** 2 for row in tasks)) / count
+        for i in columns
+    )
+    protocol = "mean over the tasks that all have; what is retained of it is the ratio of the means"
+    return Row(f"average of {count} tasks", values, errors, "share", True, protocol)
+
+
+def _speed(records: list[Evaluation]) -> list[Row]:
+    """Generation speed and memory, where all models were measured by one protocol."""
+    if len({record.speed.get("protocol") for record in records}) != 1 or not records[0].speed:
+        return []
+    protocol = f"{records[0].speed['protocol']}, {records[0].dtype} on {records[0].device}"
+    rows = []
+    for key, label in (("tokens_per_s", "tokens/s of generation"), ("peak_memory_mb", "peak memory (MB)")):
+        values = tuple(float(record.speed[key]) for record in records)
+        rows.append(Row(label, values, (None,) * len(records), "number", key == "tokens_per_s", protocol))
+    return rows
+
+
+def find_records(names: list[str]) -> list[Evaluation]:
+    """The evaluations that names stand for.
+
+    A name is a file of `nuteprune eval --json`, or a run folder, which stands for its pruned model. If all are run
+    folders, the dense model's evaluation of the first run that has one goes before them.
+
+    Raises:
+        ConfigError: no such file, or a run that was not evaluated; says what to run.
+    """
+    found: list[Evaluation] = []
+    runs: list[Path] = []
+    for name in names:
+        run = run_folder(name)
+        if run is not None:
+            runs.append(run)
+            if not (run / FOLDER / PRUNED).is_file():
+                raise ConfigError(f"run {run} was not evaluated; run: nuteprune eval {run} --dense")
+            found.append(Evaluation.load(run / FOLDER / PRUNED))
+        elif Path(name).is_dir():
+            raise ConfigError(f"{name} is no run folder; evaluate it by nuteprune eval {name} --json FILE and give FILE.")
+        else:
+            found.append(Evaluation.load(Path(name)))
+    if len(runs) == len(names):
+        dense = next((run / FOLDER / DENSE for run in runs if (run / FOLDER / DENSE).is_file()), None)
+        if dense is None:
+            raise ConfigError(f"no evaluation of the dense model in {runs[0]}; run: nuteprune eval {runs[0]} --dense")
+        found.insert(0, Evaluation.load(dense))
+    return found

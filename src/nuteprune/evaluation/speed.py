@@ -1,0 +1,73 @@
+"""Speed and memory of generation."""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from nuteprune.measuring import in_fresh_process, peak_memory
+from nuteprune.models import DTYPES, Source
+
+NEW_TOKENS, ROUNDS = 64, 5
+PROTOCOL = (
+    f"greedy, batch 1, with cache, {NEW_TOKENS} new tokens; tokens/s: median of {ROUNDS} rounds"
+    "; memory: peak of a fresh process while it generates, loading not counted"
+)
+
+
+@torch.no_grad()
+def generation_speed(
+    models: dict[str, PreTrainedModel],
+    tokenizer: PreTrainedTokenizerBase,
+    new_tokens: int = NEW_TOKENS,
+    rounds: int = ROUNDS,
+) -> dict[str, float]:
+    """Tokens a second of greedy generation with cache, batch 1: medians of rounds in which the models take turns."""
+    times: dict[str, list[float]] = {name: [] for name in models}
+    for round_number in range(rounds + 1):  # the first warms up
+        for name, model in models.items():
+            began = time.perf_counter()
+            _generate(model, tokenizer, new_tokens)
+            if round_number:
+                times[name].append(time.perf_counter() - began)
+    return {name: new_tokens / median(values) for name, values in times.items()}
+
+
+def generation_memory(source: Source, device: str, dtype: str) -> int:
+    """Peak memory in bytes of a fresh process while it generates: resident on a CPU, allocated on a GPU."""
+    peak, _ = in_fresh_process(_alone, source, device, dtype)
+    return peak
+
+
+@torch.no_grad()
+def _alone(source: Source, device: str, dtype: str) -> int:
+    model = source.model(torch.device(device), DTYPES[dtype])
+    tokenizer = source.tokenizer(model.config.vocab_size)
+    gpu = model.device.type == "cuda"
+    if gpu:
+        torch.cuda.reset_peak_memory_stats(model.device)
+    else:
+        with suppress(OSError):  # forgets the peak of loading; where that cannot be done it counts
+            Path("/proc/self/clear_refs").write_text("5")
+    _generate(model, tokenizer, NEW_TOKENS)
+    return int(torch.cuda.max_memory_allocated(model.device)) if gpu else peak_memory()
+
+
+def _generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, new_tokens: int) -> None:
+    prompt = tokenizer("The history of the city begins with", return_tensors="pt", add_special_tokens=False)["input_ids"]
+    ids = prompt.to(model.device)
+    generate: Any = model.generate
+    generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
+        pad_token_id=0,
+    )

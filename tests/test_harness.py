@@ -1,0 +1,280 @@
+"""Tasks of the lm-evaluation-harness on local rows: the numbers of a plain harness run, and one sentence for bad rows."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import logging
+import random
+from pathlib import Path
+from typing import Any
+
+import lm_eval.tasks
+import pytest
+import yaml
+from conftest import WORDS, make_tokenizer, tiny_config, tiny_model
+from lm_eval.evaluator import simple_evaluate
+
+from nuteprune.errors import ConfigError, DataError
+from nuteprune.evaluation import run as evaluation_run
+from nuteprune.evaluation.harness import Harness, load_tasks
+from nuteprune.evaluation.local_rows import KNOWN, PAPER, read_rows
+from nuteprune.evaluation.record import Evaluation
+from nuteprune.evaluation.run import EvalOptions, evaluate
+
+ROWS = 7
+
+
+def _words(rng: random.Random, count: int) -> str:
+    return " ".join(rng.choice(WORDS) for _ in range(count))
+
+
+def _row(task: str, rng: random.Random) -> dict[str, Any]:
+    """A row as the local releases have it."""
+    four = [_words(rng, 3) for _ in range(4)]
+    choices = {"text": four, "label": ["A", "B", "C", "D"]}
+    if task == "boolq":
+        return {"passage": _words(rng, 20), "question": _words(rng, 4), "answer": rng.random() < 0.5}
+    if task == "piqa":
+        return {"goal": _words(rng, 6), "sol1": four[0], "sol2": four[1], "label": rng.randrange(2)}
+    if task == "hellaswag":
+        start, end = _words(rng, 5), _words(rng, 2)
+        return {
+            "ind": 1, "activity_label": "Running", "ctx": f"{start} {end}", "ctx_a": start, "ctx_b": end,
+            "endings": [f"{x} [title] {_words(rng, 1)}" for x in four], "label": str(rng.randrange(4)),
+        }  # fmt: skip
+    if task == "winogrande":
+        sentence = f"{_words(rng, 4)} _ {_words(rng, 3)}."
+        return {"sentence": sentence, "option1": "cat", "option2": "dog", "answer": rng.choice("12")}
+    if task == "openbookqa":
+        return {"question_stem": _words(rng, 5), "choices": choices, "answerKey": rng.choice("ABCD")}
+    if task.startswith("lambada"):
+        return {"text": _words(rng, 9)}
+    return {"question": _words(rng, 6), "choices": choices, "answerKey": rng.choice("ABCD")}
+
+
+FILES = {
+    "boolq": "boolq_validation.jsonl.gz",
+    "piqa": "piqa_validation.jsonl",
+    "hellaswag": "hellaswag_validation.sample.jsonl",
+    "winogrande": "winogrande_xl_validation.sample.jsonl",
+    "arc_easy": "arc_easy_test.jsonl",
+    "arc_challenge": "arc_challenge_test.sample.jsonl.gz",
+    "openbookqa": "openbookqa.jsonl",
+    "lambada_openai": "lambada_test.jsonl",
+}
+
+
+def _write(path: Path, rows: list[Any]) -> None:
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    path.write_bytes(gzip.compress(lines.encode()) if path.suffix == ".gz" else lines.encode())
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Local rows of all tasks, under the file names that people have them by."""
+    folder = tmp_path_factory.mktemp("tasks")
+    rng = random.Random(0)
+    for task, name in FILES.items():
+        _write(folder / name, [_row(task, rng) for _ in range(ROWS)])
+    return folder
+
+
+def _plain(folder: Path, data: Path, model_folder: Path, tasks: list[str]) -> dict[str, Any]:
+    """A plain run of the harness: its own task files, but for the place of the rows, given by hand as its guide says."""
+    for task in tasks:
+        rows = [json.loads(line) for line in _text(data / FILES[task]).splitlines()]
+        if task == "boolq":  # the hub's rows have a label
+            rows = [{"passage": r["passage"], "question": r["question"], "label": int(r["answer"])} for r in rows]
+        _write(folder / f"{task}.jsonl", rows)
+        own = next((Path(lm_eval.tasks.__file__).parent / KNOWN[task].folder).glob("*.yaml"))
+        own = next(p for p in own.parent.glob("*.yaml") if yaml.safe_load(_no_tags(p))["task"] == task)
+        split = "test" if "test_split" in _merged(own) and _merged(own)["test_split"] else "validation"
+        changed: dict[str, Any] = {
+            "include": str(own), "task": task, "dataset_path": "json", "dataset_name": None,
+            "dataset_kwargs": {"data_files": {split: str(folder / f"{task}.jsonl")}, "cache_dir": str(folder / "cache")},
+            "training_split": None, "validation_split": None, "test_split": None, f"{split}_split": split,
+        }  # fmt: skip
+        (folder / f"{task}.yaml").write_text(yaml.safe_dump(changed))
+    manager = lm_eval.tasks.TaskManager(include_defaults=False, include_path=str(folder))
+    found: Any = simple_evaluate(
+        model="hf", model_args={"pretrained": str(model_folder), "dtype": "float32"}, tasks=tasks, batch_size=4, device="cpu",
+        task_manager=manager, log_samples=False, bootstrap_iters=100,
+    )  # fmt: skip
+    return found["results"]  # type: ignore[no-any-return]
+
+
+def _text(path: Path) -> str:
+    return (gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()).decode()
+
+
+def _no_tags(path: Path) -> str:
+    return path.read_text().replace("!function ", "")
+
+
+def _merged(path: Path) -> dict[str, Any]:
+    found = yaml.safe_load(_no_tags(path))
+    return _merged(path.parent / found["include"]) | found if "include" in found else found  # type: ignore[no-any-return]
+
+
+@pytest.mark.filterwarnings("ignore")  # of the plain run
+def test_numbers_equal_a_plain_harness_run(data: Path, model_folder: Path, tmp_path: Path) -> None:
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    tasks = list(FILES)
+    plain = _plain(tmp_path, data, model_folder, tasks)
+    harness = Harness(tiny_model(tiny_config()), make_tokenizer(), batch_size=4)
+    counts: list[tuple[int, int]] = []
+    for task in load_tasks(("paper", "lambada_openai"), data):
+        (score,) = harness.score(task, progress=lambda done, total: counts.append((done, total)))
+        assert counts[-1][0] == counts[-1][1] > 0
+        for metric, entry in score.metrics.items():
+            assert entry["value"] == pytest.approx(plain[score.task][f"{metric},none"], rel=1e-5), (score.task, metric)
+            if metric != "perplexity":  # its error is a bootstrap of as many draws as asked for
+                assert entry["stderr"] == pytest.approx(plain[score.task][f"{metric}_stderr,none"], rel=1e-5)
+        assert (score.rows, score.of, score.fewshot) == (ROWS, ROWS, 0)
+        assert score.value == score.metrics[KNOWN[score.task].metric]["value"]
+        assert FILES[score.task] in score.protocol
+        tasks.remove(score.task)
+    assert tasks == []
+
+
+def test_a_limit_is_the_first_rows(data: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in (data / "piqa_validation.jsonl").read_text().splitlines()]
+    _write(tmp_path / "piqa_validation.jsonl", rows[:3])
+    harness = Harness(tiny_model(tiny_config()), make_tokenizer())
+    (limited,), (short,) = (harness.score(load_tasks(("piqa",), folder, limit=3)[0], 3) for folder in (data, tmp_path))
+    assert limited.metrics == short.metrics
+    assert (limited.rows, limited.of, short.of) == (3, ROWS, 3)
+
+
+def test_worked_examples_come_from_a_train_file(data: Path, tmp_path: Path) -> None:
+    for name in ("arc_easy_test.jsonl", "piqa_validation.jsonl"):
+        (tmp_path / name).write_bytes((data / name).read_bytes())
+    with pytest.raises(ConfigError, match=r"--num-fewshot 2 needs arc_easy_train\.jsonl"):
+        load_tasks(("arc_easy",), tmp_path, fewshot=2)
+    _write(
+        tmp_path / "arc_easy_train.jsonl", [_row("arc_easy", random.Random(9)) | {"question": f"hills {i}"} for i in range(4)]
+    )
+    (task,) = load_tasks(("arc_easy",), tmp_path, fewshot=2)
+    (score,) = Harness(tiny_model(tiny_config()), make_tokenizer()).score(task)
+    assert score.fewshot == 2
+    prompt = task.loaded["tasks"]["arc_easy"].instances[0].args[0]
+    assert prompt.count("Question: hills") == 2
+    assert prompt.count("Question:") == 3
+
+
+@pytest.mark.parametrize(
+    ("task", "rows", "message"),
+    [
+        ("piqa", ['{"goal": "a"}'], r"line 1: no field 'sol1' \(there is goal\), which task piqa needs"),
+        ("piqa", ['{"goal": "a", "sol1": "b", "sol2": "c", "label": 0}', "{"], r"line 2: not JSON"),
+        (
+            "piqa",
+            ['{"goal": "a", "sol1": "b", "sol2": "c", "label": 2}'],
+            r"the rows of piqa_validation\.jsonl .* do not fit the task, the first of them",
+        ),
+        ("piqa", ["[1]"], r"line 1: a list; every line must be a JSON object"),
+        ("piqa", [], r"piqa_validation\.jsonl has no rows"),
+        ("boolq", ['{"passage": "a", "question": "b", "answer": "maybe"}'], r"line 1: answer is 'maybe', not true or false"),
+        ("boolq", ['{"passage": "a", "question": "b"}'], r"line 1: no field 'answer' \(there is passage, question\)"),
+        ("winogrande", ['{"sentence": "no gap", "option1": "a", "option2": "b", "answer": "1"}'], r"winogrande.*substring"),
+        ("arc_easy", ['{"question": "q", "choices": {"text": ["a"], "label": ["A"]}, "answerKey": "Z"}'], r"arc_easy.*'Z'"),
+        ("hellaswag", ['{"ctx_a": "a", "ctx_b": "b", "endings": ["c"], "label": 0}'], r"line 1: no field 'activity_label'"),
+    ],
+)
+def test_broken_rows_are_named(task: str, rows: list[str], message: str, tmp_path: Path) -> None:
+    split = "test" if task.startswith("arc") else "validation"
+    (tmp_path / f"{task}_{split}.jsonl").write_text("".join(f"{row}\n" for row in rows))
+    with pytest.raises(DataError, match=message) as caught:
+        load_tasks((task,), tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_later_broken_row_is_found_before_the_model(data: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in (data / "arc_easy_test.jsonl").read_text().splitlines()]
+    rows[4]["answerKey"] = "E"
+    _write(tmp_path / "arc_easy_test.jsonl", rows)
+    with pytest.raises(DataError, match=r"row 5: does not fit task arc_easy"):
+        load_tasks(("arc_easy",), tmp_path)
+    load_tasks(("arc_easy",), tmp_path, limit=4)  # it will not be run
+
+
+def test_missing_files_and_folders(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"is not a folder"):
+        load_tasks(("piqa",), tmp_path / "nowhere")
+    with pytest.raises(
+        ConfigError, match=r"no rows for task winogrande: looked for winogrande_validation\.jsonl.*winogrande_xl"
+    ):
+        load_tasks(("winogrande",), tmp_path)
+    (tmp_path / "piqa_validation.jsonl.gz").write_bytes(b"\x1f\x8b not gzip")
+    with pytest.raises(DataError, match=r"piqa_validation\.jsonl\.gz, after line 0: broken gzip"):
+        load_tasks(("piqa",), tmp_path)
+
+
+def test_a_whole_file_goes_before_a_sample(tmp_path: Path) -> None:
+    rng = random.Random(1)
+    _write(tmp_path / "piqa_validation.sample.jsonl", [_row("piqa", rng)])
+    assert len(read_rows(tmp_path, "piqa", "validation").rows) == 1
+    _write(tmp_path / "piqa_validation.jsonl", [_row("piqa", rng) for _ in range(3)])
+    assert len(read_rows(tmp_path, "piqa", "validation").rows) == 3
+
+
+def test_unknown_tasks_and_a_hub_that_cannot_be_reached() -> None:
+    with pytest.raises(ConfigError, match=r"--tasks got 'hellaswagg', which lm-evaluation-harness .* did you mean .*hellaswag"):
+        load_tasks(("hellaswagg",))
+    with pytest.raises(DataError, match=r"--tasks piqa: its rows cannot be had from the hub .* --task-data"):
+        load_tasks(("piqa",))
+
+
+def test_the_seven_of_the_paper() -> None:
+    assert PAPER == ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
+
+
+# -- evaluations -----------------------------------------------------------------------------------------------------------
+
+
+def test_records_are_kept_and_taken_up_again(
+    data: Path, model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"tasks": ("piqa", "arc_easy"), "task_data": data, "device": "cpu"}
+    path = tmp_path / "record.json"
+    (first,) = evaluate(str(model_folder), EvalOptions(**options), json_file=path)
+    assert set(first.tasks) == {"piqa", "arc_easy"}
+    assert Evaluation.load(path).to_dict() == first.to_dict()
+    (second,) = evaluate(str(model_folder), EvalOptions(ppl=(str(text_file),), window=32, device="cpu"), json_file=path)
+    assert set(second.tasks) == {"piqa", "arc_easy"}, "measurements of the same weights add up"
+    assert second.perplexity["corpus.txt"]["window"] == 32
+
+    ran: list[str] = []
+    from nuteprune.evaluation import harness
+
+    score = harness.Harness.score
+    monkeypatch.setattr(harness.Harness, "score", lambda self, task, *rest: ran.append(task.name) or score(self, task, *rest))
+    evaluate(str(model_folder), EvalOptions(**options, resume=True), json_file=path)
+    assert ran == []
+    evaluate(str(model_folder), EvalOptions(**{**options, "limit": 2}, resume=True), json_file=path)
+    assert ran == ["piqa", "arc_easy"], "another protocol is measured again"
+    ran.clear()
+    changed = json.loads(path.read_text()) | {"weights": "other"}
+    path.write_text(json.dumps(changed))
+    evaluate(str(model_folder), EvalOptions(**{**options, "limit": 2}, resume=True), json_file=path)
+    assert ran == ["piqa", "arc_easy"], "other weights are measured again"
+
+
+def test_options_are_checked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for wrong, message in (
+        ({"ppl": ("ptb",), "window": 1}, r"--window got 1; allowed is a whole number of at least 2"),
+        ({"tasks": ("piqa",), "limit": 0}, r"--limit got 0"),
+        ({"tasks": ("piqa",), "fewshot": -1}, r"--num-fewshot got -1"),
+        ({"tasks": ("piqa",), "batch_size": 0}, r"--batch-size got 0"),
+        ({"ppl": ("ptb",), "dtype": "int8"}, r"--dtype got 'int8'; allowed are float32"),
+        ({}, r"nothing to measure; give --ppl, --tasks or --speed"),
+        ({"ppl": ("ptb",), "task_data": tmp_path}, r"without --tasks"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            EvalOptions(**wrong)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"--dense: .* is no run folder"):
+        evaluate("smollm2-135m", EvalOptions(speed=True), dense=True)
+    monkeypatch.setattr(evaluation_run, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install 'nuteprune\[eval\]'"):
+        evaluate("smollm2-135m", EvalOptions(tasks=("piqa",)))
