@@ -227,6 +227,13 @@ class PruneConfig:
     )
     checkpoint_every: int = _option(50, "Steps between two checkpoints.", "minutes of work at most", "Machine")
     keep_checkpoints: int = _option(2, "Checkpoints to keep.", "the newest and one to fall back on", "Machine")
+    track: tuple[str, ...] = _option(
+        (),
+        "Send metrics to these trackers too, comma separated: tensorboard (files in RUN/tracking), wandb, trackio.",
+        "metrics.jsonl is always kept",
+        "Machine",
+        ("tensorboard", "wandb", "trackio"),
+    )
     recipe: str = _option(
         "default",
         "Set of defaults that the other options override: default, or paper (hard concrete, Lagrangian, plain start, all "

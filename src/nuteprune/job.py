@@ -1,17 +1,16 @@
 """A whole pruning job: check, prepare the run folder, train, discretise, compact, check equality, write, evaluate.
 
-The run folder holds config.yaml, env.json, data/, metrics.jsonl, checkpoints/, teachers/, model/ and result.json.
+The run folder holds config.yaml, env.json, data/, metrics.jsonl, checkpoints/, teachers/, masks.safetensors, model/ and
+result.json.
 """
 
 from __future__ import annotations
 
 import os
-import platform
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,24 +18,26 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from nuteprune import __version__
 from nuteprune.arch import Arch
-from nuteprune.card import Figures, model_card
 from nuteprune.checkpoint import checkpoints
 from nuteprune.compact import Compactor
 from nuteprune.config import PruneConfig, flag, read_yaml
 from nuteprune.data import SELF, Blocks, build_blocks, check_sources
+from nuteprune.environment import environment
 from nuteprune.errors import ConfigError, TrainingError
-from nuteprune.evaluate import Perplexity, blocks_perplexity
+from nuteprune.evaluation.perplexity import Perplexity, blocks_perplexity
 from nuteprune.export.hf import Equality, check_equal, write_folder
-from nuteprune.files import atomic_folder, save_json, save_text
+from nuteprune.files import atomic_folder, save_json, save_tensors, save_text
 from nuteprune.masking import LoraOptions
 from nuteprune.models import DTYPES, Source, describe, pick_device, pick_dtype
 from nuteprune.progress import MetricsFile, Reporter
+from nuteprune.report.card import model_card
+from nuteprune.report.facts import CONFIG, ENVIRONMENT, MASKS, METRICS, MODEL, RESULT, Figures, RunFacts
 from nuteprune.sample import model_sampler
+from nuteprune.tracking import Trackers, check_trackers
 from nuteprune.trainer import Trainer, make_discretiser
 
-CONFIG, BLOCKS, METRICS, RESULT, MODEL = "config.yaml", "data/blocks.safetensors", "metrics.jsonl", "result.json", "model"
+BLOCKS = "data/blocks.safetensors"
 HELD_OUT = 32  # most blocks set apart for perplexity before and after
 HELD_OUT_NAME = "held-out blocks of the training text"
 EXACT_LIMIT = 5e8  # parameters up to which the comparison is made in float64 too
@@ -184,6 +185,7 @@ class _Job:
     def check(cls, config: PruneConfig, data: bool = True) -> _Job:
         """Every check that needs no weights."""
         device = pick_device(config.device)
+        check_trackers(config.track)
         if data:
             check_sources(config.data, config.text_key)
         source = Source.find(config.model)
@@ -218,7 +220,7 @@ class _Job:
             yield from model_sampler(model, self.tokenizer, folder / "data/self.jsonl", config.seed, progress)(wanted)
 
         save_text(folder / CONFIG, config.to_yaml())
-        save_json(folder / "env.json", environment(self.device))
+        save_json(folder / ENVIRONMENT, environment(self.device))
         with reporter.counter("sampling text from the model" if SELF in config.data else "tokenising") as progress:
             build_blocks(
                 folder / BLOCKS,
@@ -256,15 +258,18 @@ class _Job:
     def train(self, run: Path, trainer: Trainer, reporter: Reporter) -> bool:
         """The steps; whether they are complete."""
         metrics = MetricsFile(run / METRICS, trainer.state.step)
+        trackers = Trackers(self.config, run, reporter.warn)
 
         def log(line: dict[str, Any]) -> None:
             metrics.add(line)
+            trackers.log(line)
             reporter.step(line, trainer.total)
 
         try:
             with interruptible(reporter) as stop:
                 return trainer.run(log, stop)
         finally:
+            trackers.close()
             reporter.close()
 
     def finish(self, run: Path, trainer: Trainer, reporter: Reporter) -> Figures:
@@ -303,6 +308,7 @@ class _Job:
                 total_before=self.arch.total,
                 total_after=sum(p.numel() for p in compact.parameters()),
                 file_bytes=sum(p.stat().st_size for p in folder.glob("*.safetensors")),
+                dtype=str(self.save_dtype).removeprefix("torch."),
                 equality=equality,
                 exact=exact,
                 dense=dense,
@@ -310,24 +316,7 @@ class _Job:
                 tokens=trainer.state.tokens,
                 seconds=trainer.state.seconds,
             )
-            save_text(folder / "README.md", model_card(self.source.name, self.config, figures, masks, self.save_dtype))
+            save_text(folder / "README.md", model_card(RunFacts.read(run, figures, masks)))
+        save_tensors(run / MASKS, masks.tensors())
         save_json(run / RESULT, figures.to_dict())
         return figures
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """Versions and machine, for env.json."""
-    packages = {"nuteprune": __version__}
-    for name in ("torch", "transformers", "peft", "accelerate", "safetensors", "datasets", "tokenizers", "gguf"):
-        try:
-            packages[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return {
-        "packages": packages,
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-    }

@@ -64,7 +64,7 @@ def _help(field: dataclasses.Field[Any]) -> str:
 
 def _shown(value: Any) -> str:
     if isinstance(value, tuple):
-        return ",".join(_shown(v) for v in value)
+        return ",".join(_shown(v) for v in value) or "none"
     if value is None:
         return "not set"
     if isinstance(value, bool):

@@ -1,0 +1,1 @@
+"""What a run says about itself: facts, the model card, pictures, and the report page."""

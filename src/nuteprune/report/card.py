@@ -1,0 +1,77 @@
+"""The model card: the facts of a run as the README.md of its model folder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+from nuteprune import __version__
+from nuteprune.report.facts import RunFacts
+
+LOAD = """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{path}", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("{path}", trust_remote_code=True)"""
+
+
+def model_card(facts: RunFacts) -> str:
+    """The card of a finished run, Markdown with a YAML head.
+
+    Args:
+        facts: of a run whose figures and masks are known.
+    """
+    f, masks = facts.figures, facts.masks
+    assert f is not None
+    assert masks is not None
+    base = facts.config.model
+    head: dict[str, Any] = {"library_name": "transformers", "tags": ["nuteprune", "pruned", "structured-pruning"]}
+    if "/" in base and not base.startswith(("/", ".")):
+        head |= {"base_model": base}
+    table = "\n".join(f"| {line.name} | {line.dense} | {line.pruned} | {line.change} |" for line in facts.lines())
+    notes = "\n".join(f"- {line.name}: {line.note}" for line in facts.lines() if line.note)
+    rows = "\n".join(f"| {layer} | {heads} | {channels} |" for layer, heads, channels in facts.left())
+    exact = f"; {f.exact.largest:.2e} in float64" if f.exact is not None else ""
+    return f"""---
+{yaml.safe_dump(head, sort_keys=False).strip()}
+---
+
+# {facts.title}
+
+Made by [nuteprune](https://pypi.org/project/nuteprune/) {__version__}: structured pruning with numerous teachers
+(arXiv 2402.09773). Sparsity counts the parameters of the decoder blocks; embeddings and head are not pruned in number
+of rows.
+
+| | dense | pruned | |
+|---|---|---|---|
+{table}
+
+{notes}
+
+Largest logit difference between this checkpoint and the masked model it was trained as: {f.equality.largest:.2e}
+(float32{exact}, {f.equality.tokens:,} tokens of real text, whole vocabulary).
+
+## Load
+
+```python
+{LOAD.format(path="PATH")}
+```
+
+or, without remote code, `from nuteprune import load; model, tokenizer = load("PATH")`.
+
+## What is left
+
+Hidden size {masks.counts()[2]}.
+
+| layer | KV groups | intermediate |
+|---|---|---|
+{rows}
+
+## Recipe
+
+{f.tokens:,} training tokens in {f.seconds / 60:.1f} minutes of steps. {facts.teaching_line()}
+
+```yaml
+{yaml.safe_dump(facts.recipe(), sort_keys=False).strip()}
+```
+"""

@@ -1,0 +1,297 @@
+"""The facts of a run, finished or not: one source for the model card and the report page."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+from nuteprune.checkpoint import TENSORS, checkpoints, within
+from nuteprune.config import PruneConfig, read_yaml
+from nuteprune.errors import ConfigError, DataError
+from nuteprune.evaluation.compare import Comparison, compare
+from nuteprune.evaluation.perplexity import Perplexity
+from nuteprune.evaluation.record import DENSE, FOLDER, PRUNED, Evaluation
+from nuteprune.export.hf import Equality
+from nuteprune.masks import Masks
+from nuteprune.progress import read_metrics
+
+CONFIG, ENVIRONMENT, METRICS, MASKS, RESULT, MODEL = (
+    "config.yaml", "env.json", "metrics.jsonl", "masks.safetensors", "result.json", "model",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What was measured of a run when it ended.
+
+    Attributes:
+        blocks_before, blocks_after: parameters of the decoder blocks.
+        total_before, total_after: parameters of the whole model.
+        file_bytes: size of the safetensors files.
+        dtype: precision of the exported weights.
+        equality: comparison of compact and masked model, float32.
+        exact: the same in float64, where rounding plays no part; None for large models.
+        dense, pruned: perplexity before and after, or None where the text was too short to hold any out.
+        tokens: training tokens.
+        seconds: time in training steps.
+    """
+
+    blocks_before: int
+    blocks_after: int
+    total_before: int
+    total_after: int
+    file_bytes: int
+    dtype: str
+    equality: Equality
+    exact: Equality | None
+    dense: Perplexity | None
+    pruned: Perplexity | None
+    tokens: int
+    seconds: float
+
+    @property
+    def block_sparsity(self) -> float:
+        """Share of block parameters removed."""
+        return 1 - self.blocks_after / self.blocks_before
+
+    @property
+    def total_sparsity(self) -> float:
+        """Share of all parameters removed."""
+        return 1 - self.total_after / self.total_before
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "blocks": {"before": self.blocks_before, "after": self.blocks_after, "removed": self.block_sparsity},
+            "model": {"before": self.total_before, "after": self.total_after, "removed": self.total_sparsity},
+            "file_bytes": self.file_bytes,
+            "dtype": self.dtype,
+            "largest_logit_difference": self.equality.largest,
+            "largest_logit_difference_float64": self.exact.largest if self.exact else None,
+            "compared_tokens": self.equality.tokens,
+            "largest_logit": self.equality.scale,
+            "perplexity_before": self.dense.to_dict() if self.dense else None,
+            "perplexity_after": self.pruned.to_dict() if self.pruned else None,
+            "training_tokens": self.tokens,
+            "training_seconds": self.seconds,
+        }
+
+    @classmethod
+    def from_dict(cls, found: dict[str, Any]) -> Figures:
+        """The inverse of `to_dict`."""
+        before, after = found["perplexity_before"], found["perplexity_after"]
+        exact = found["largest_logit_difference_float64"]
+        compared = found["compared_tokens"], found["largest_logit"]
+        return cls(
+            blocks_before=found["blocks"]["before"],
+            blocks_after=found["blocks"]["after"],
+            total_before=found["model"]["before"],
+            total_after=found["model"]["after"],
+            file_bytes=found["file_bytes"],
+            dtype=found["dtype"],
+            equality=Equality(found["largest_logit_difference"], *compared),
+            exact=None if exact is None else Equality(exact, *compared),
+            dense=None if before is None else Perplexity(**before),
+            pruned=None if after is None else Perplexity(**after),
+            tokens=found["training_tokens"],
+            seconds=found["training_seconds"],
+        )
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of the table dense against pruned.
+
+    Attributes:
+        name: what it is.
+        dense, pruned: the two values as people write them.
+        change: difference or ratio, as people write it.
+        note: protocol, or nothing.
+    """
+
+    name: str
+    dense: str
+    pruned: str
+    change: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What is known of a run.
+
+    Attributes:
+        run: its folder.
+        config: its options.
+        environment: versions and machine.
+        steps: its metrics, a step each.
+        figures: what was measured when it ended; None before.
+        masks: what is left: the final masks, or the newest teacher's; None before there is one.
+        masks_of: what the masks belong to.
+        evaluations: records of `nuteprune eval RUN`: the dense model's and the pruned one's, each or None.
+    """
+
+    run: Path
+    config: PruneConfig
+    environment: dict[str, Any]
+    steps: list[dict[str, Any]]
+    figures: Figures | None
+    masks: Masks | None
+    masks_of: str
+    evaluations: tuple[Evaluation | None, Evaluation | None]
+
+    @classmethod
+    def read(cls, run: Path, figures: Figures | None = None, masks: Masks | None = None) -> RunFacts:
+        """Reads a run folder.
+
+        Args:
+            run: the folder.
+            figures: the figures of a run that ends just now, in place of its result.json.
+            masks: its masks.
+
+        Raises:
+            ConfigError: it is no run folder.
+            DataError: one of its files is not what nuteprune writes.
+        """
+        if not (run / CONFIG).is_file():
+            raise ConfigError(f"run {run} has no {CONFIG}; give the folder that nuteprune prune --out wrote.")
+        config = PruneConfig.create(**read_yaml(run / CONFIG))
+        if figures is None and (run / RESULT).is_file():
+            try:
+                figures = Figures.from_dict(_json(run / RESULT))
+            except (KeyError, TypeError) as error:
+                raise DataError(f"{run / RESULT} lacks {error}; it is not what this version of nuteprune writes.") from error
+        masks_of = "the pruned model"
+        if masks is None:
+            masks, masks_of = _masks(run)
+        dense, pruned = (Evaluation.load(path) if (path := run / FOLDER / name).is_file() else None for name in (DENSE, PRUNED))
+        steps = read_metrics(run / METRICS) if (run / METRICS).is_file() else []
+        environment = _json(run / ENVIRONMENT) if (run / ENVIRONMENT).is_file() else {}
+        return cls(run, config, environment, steps, figures, masks, masks_of, (dense, pruned))
+
+    @property
+    def complete(self) -> bool:
+        """Whether the run has ended."""
+        return self.figures is not None
+
+    @property
+    def base(self) -> str:
+        """The dense model's name without folders of this machine."""
+        return self.config.model.rstrip("/").rpartition("/")[2]
+
+    @property
+    def title(self) -> str:
+        """What the run made."""
+        if self.figures is not None:
+            return f"{self.base}, {100 * self.figures.block_sparsity:.2f} % of its blocks pruned"
+        return f"{self.base}, to be pruned by {100 * self.config.sparsity:g} % of its blocks"
+
+    def phases(self) -> list[tuple[str, int, int]]:
+        """Name, first step and last step of each phase so far."""
+        return [
+            (str(name), steps[0]["step"], steps[-1]["step"])
+            for name, group in itertools.groupby(self.steps, key=lambda step: step["phase"])
+            for steps in [list(group)]
+        ]
+
+    def teaching(self) -> list[tuple[str, int, int]]:
+        """Teacher, first step and last step of each stretch."""
+        return [
+            (str(name), steps[0]["step"], steps[-1]["step"])
+            for name, group in itertools.groupby(self.steps, key=lambda step: step["teacher"])
+            for steps in [list(group)]
+        ]
+
+    def teaching_line(self) -> str:
+        """One sentence about who taught."""
+        if not self.steps:
+            return "No step was made yet."
+        stretches = self.teaching()
+        shares = [last - first + 1 for name, first, last in stretches if name.startswith("record")]
+        records = len({name for name, _, _ in stretches if name.startswith("record")})
+        intact = sum(last - first + 1 for name, first, last in stretches if name == "intact")
+        if not records:
+            who = "the intact model" if intact else "no teacher"
+            return f"{who[0].upper()}{who[1:]} served in all {len(self.steps):,} steps."
+        return (
+            f"{records} snapshots of the run served as teachers in {sum(shares):,} of {len(self.steps):,} steps, the intact "
+            f"model in {intact:,}; {stretches[-1][0]} was the last."
+        )
+
+    def lines(self) -> list[Line]:
+        """Dense against pruned: size, then what was measured when the run ended, then what `nuteprune eval` measured."""
+        if (f := self.figures) is None:
+            return []
+        bytes_each = {"float32": 4, "bfloat16": 2, "float16": 2}[f.dtype]
+        before = f.total_before * bytes_each
+        lines = [
+            Line("block parameters", f"{f.blocks_before:,}", f"{f.blocks_after:,}", f"-{100 * f.block_sparsity:.2f} %"),
+            Line("all parameters", f"{f.total_before:,}", f"{f.total_after:,}", f"-{100 * f.total_sparsity:.2f} %"),
+            Line(
+                f"weights, {f.dtype}", f"{before / 1e6:.1f} MB", f"{f.file_bytes / 1e6:.1f} MB",
+                f"-{100 * (1 - f.file_bytes / before):.2f} %", "dense: parameters times bytes; pruned: the files",
+            ),
+        ]  # fmt: skip
+        if f.dense is not None and f.pruned is not None:
+            ratio = f.pruned.perplexity / f.dense.perplexity
+            name = f"perplexity, {f.pruned.text}"
+            lines.append(
+                Line(name, f"{f.dense.perplexity:.2f}", f"{f.pruned.perplexity:.2f}", f"x {ratio:.3f}", f.pruned.protocol)
+            )
+        comparison = self.comparison()
+        if comparison is not None:
+            _, body = comparison.table()
+            for row, (name, dense, pruned, change) in list(zip(comparison.rows, body, strict=True))[1:]:
+                lines.append(Line(name, dense, pruned, change, row.protocol))
+        return lines
+
+    def comparison(self) -> Comparison | None:
+        """The evaluations of the dense and the pruned model side by side; None unless both were measured alike."""
+        dense, pruned = self.evaluations
+        if dense is None or pruned is None:
+            return None
+        try:
+            return compare([dense, pruned])
+        except ConfigError:  # nothing in common
+            return None
+
+    def left(self) -> list[tuple[int, int, int]]:
+        """Layer (from 0), KV groups and intermediate channels that are left."""
+        if self.masks is None:
+            return []
+        heads, channels, _ = self.masks.counts()
+        return [(layer, h, c) for layer, (h, c) in enumerate(zip(heads, channels, strict=True))]
+
+    def recipe(self) -> dict[str, Any]:
+        """The options without folders of this machine."""
+        options = {k: v for k, v in self.config.to_dict().items() if k not in ("model", "out")}
+        options["data"] = [Path(d).name if Path(d).is_absolute() or Path(d).exists() else d for d in self.config.data]
+        return {"model": self.base, **options}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON ({error}).") from error
+    if not isinstance(found, dict):
+        raise DataError(f"{path} holds a {type(found).__name__}, not an object.")
+    return found
+
+
+def _masks(run: Path) -> tuple[Masks | None, str]:
+    """The final masks, those that recovery trains under, or the newest teacher's."""
+    if (run / MASKS).is_file():
+        return Masks.from_tensors(load_file(run / MASKS)), "the pruned model"
+    for path in reversed(checkpoints(run / "checkpoints")):
+        if masks := within(load_file(path / TENSORS), "masks"):
+            return Masks.from_tensors(masks), "the masks of recovery"
+    records = sorted((run / "teachers").glob("record-*.safetensors"))
+    if not records:
+        return None, ""
+    return Masks.from_tensors(within(load_file(records[-1]), "masks")), f"teacher {records[-1].stem}"

@@ -1,0 +1,151 @@
+"""The report page of a run: one HTML file without anything from the network, and its pictures as PNG files."""
+
+from __future__ import annotations
+
+import time
+from base64 import b64encode
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+
+from nuteprune import __version__
+from nuteprune.config import PruneConfig, flag
+from nuteprune.files import save_text
+from nuteprune.progress import Reporter, duration
+from nuteprune.report.card import LOAD, model_card
+from nuteprune.report.facts import MODEL, RunFacts
+from nuteprune.report.pictures import DARK, LIGHT, NARROW, WIDE, pictures
+
+FOLDER, PAGE = "report", "index.html"
+
+
+def write_report(run: Path, reporter: Reporter | None = None, refresh: int | None = None) -> Path:
+    """Writes RUN/report/index.html and the pictures beside it, and renews the model card of a finished run.
+
+    Args:
+        run: run folder, finished or not.
+        reporter: shows progress.
+        refresh: seconds after which a browser reads the page of an unfinished run again.
+
+    Returns:
+        The page.
+
+    Raises:
+        ConfigError, DataError: it is no run folder, or a file of it is broken.
+    """
+    facts = RunFacts.read(run)
+    shown: list[dict[str, Any]] = []
+    found = pictures(facts)
+    with (reporter or Reporter()).counter("drawing") as progress:
+        for done, picture in enumerate(found, 1):
+            picture.save_png(facts, run / FOLDER / f"{picture.name}.png")
+            variants = {
+                f"{theme_name}_{width_name}": _data(picture.svg(facts, theme, width))
+                for theme_name, theme in (("light", LIGHT), ("dark", DARK))
+                for width_name, width in (("wide", WIDE), ("narrow", NARROW))
+            }
+            shown.append({"name": picture.name, "title": picture.title, "text": picture.text, **variants})
+            progress(done, len(found))
+    template = jinja2.Environment(
+        loader=jinja2.PackageLoader("nuteprune.report"), autoescape=True, undefined=jinja2.StrictUndefined
+    ).get_template("page.html.j2")
+    page = run / FOLDER / PAGE
+    save_text(page, template.render(_values(facts, shown, None if facts.complete else refresh)))
+    if facts.complete and facts.masks is not None and (run / MODEL).is_dir():
+        save_text(run / MODEL / "README.md", model_card(facts))
+    return page
+
+
+def watch_report(run: Path, reporter: Reporter, every: int) -> Path:
+    """Writes the report again and again until the run is complete.
+
+    Args:
+        run: run folder.
+        reporter: shows progress.
+        every: seconds between two pages.
+    """
+    while True:
+        page = write_report(run, Reporter(_silent()), refresh=every)
+        facts = RunFacts.read(run)
+        step = facts.steps[-1]["step"] + 1 if facts.steps else 0
+        reporter.say(f"{page}: step {step} of {facts.config.total_steps}")
+        if facts.complete:
+            return write_report(run, Reporter(_silent()))
+        time.sleep(every)
+
+
+def _silent() -> Any:
+    from rich.console import Console
+
+    return Console(quiet=True)
+
+
+def _data(svg: bytes) -> str:
+    return "data:image/svg+xml;base64," + b64encode(svg).decode()
+
+
+def _values(facts: RunFacts, shown: list[dict[str, Any]], refresh: int | None) -> dict[str, Any]:
+    """What the template reads."""
+    defaults = PruneConfig().to_dict()
+    recipe = facts.recipe()
+    given = [(flag(k), _plain(v)) for k, v in recipe.items() if k not in ("model", "data") and v != defaults[k]]
+    return {
+        "version": __version__,
+        "facts": facts,
+        "tiles": _tiles(facts),
+        "lines": facts.lines(),
+        "pictures": shown,
+        "phases": facts.phases(),
+        "teaching": facts.teaching(),
+        "left": facts.left(),
+        "hidden": facts.masks.counts()[2] if facts.masks is not None else None,
+        "given": [("MODEL", recipe["model"]), ("--data", _plain(recipe["data"])), *given],
+        "recipe": yaml.safe_dump(recipe, sort_keys=False).strip(),
+        "load": LOAD.format(path=facts.run / MODEL),
+        "environment": _environment(facts.environment),
+        "refresh": refresh,
+    }
+
+
+def _tiles(facts: RunFacts) -> list[tuple[str, str, str]]:
+    """The figures that stand out: name, value, small print."""
+    tiles = []
+    f = facts.figures
+    if f is not None:
+        tiles.append(("block parameters", f"-{100 * f.block_sparsity:.2f} %", f"{f.blocks_before:,} to {f.blocks_after:,}"))
+        tiles.append(("all parameters", f"-{100 * f.total_sparsity:.2f} %", f"{f.total_before:,} to {f.total_after:,}"))
+    elif facts.steps:
+        last, config = facts.steps[-1], facts.config
+        done = last["step"] + 1
+        left = last["seconds"] / done * (config.total_steps - done)
+        tiles.append(("step", f"{done:,} of {config.total_steps:,}", f"{last['phase']}, {duration(left)} to go"))
+        sparsity = f"{100 * last['expected_sparsity']:.2f} %"
+        tiles.append(("expected sparsity", sparsity, f"target now {100 * last['target_sparsity']:.2f} %"))
+        if last["kl"] is not None:
+            tiles.append(("KL to the teacher", f"{last['kl']:.3f}", f"nats a token; teacher {last['teacher']}"))
+    comparison = facts.comparison()
+    for row in comparison.rows if comparison is not None else ():
+        ratio = row.ratio(1)
+        if ratio is None:
+            continue
+        if row.name.startswith("average"):
+            tiles.append(("quality retained", f"{100 * ratio:.2f} %", row.name))
+        elif row.name.startswith("perplexity") or "/s" in row.name:
+            tiles.append((row.name, f"x {ratio:.3f}", f"{row.values[0]:.2f} to {row.values[1]:.2f}"))
+    if f is not None and not any(name.startswith("perplexity") for name, _, _ in tiles) and f.dense and f.pruned:
+        before, after = f.dense.perplexity, f.pruned.perplexity
+        tiles.append(("perplexity, held-out text", f"x {after / before:.3f}", f"{before:.2f} to {after:.2f}"))
+    if f is not None:
+        tiles.append(("training", f"{f.tokens:,} tokens", f"{duration(f.seconds)} of steps"))
+    return tiles
+
+
+def _environment(found: dict[str, Any]) -> list[tuple[str, str]]:
+    flat = {k: v for k, v in found.items() if k != "packages"} | found.get("packages", {})
+    return [(str(k), str(v)) for k, v in flat.items()]
+
+
+def _plain(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
