@@ -40,7 +40,8 @@ SURFACE = """
 batch-size checkpoint-every compile config control control-lr data device dtype gate-init gate-init-batches gate-lr
 gate-width gates grad-clip gradient-checkpointing head-bias help hidden-loss hidden-weight keep-checkpoints kl-weight lm-weight
 lora-alpha lora-rank lora-targets lr lr-schedule out prune quiet recipe recovery round-hidden round-intermediate
-save-dtype seed seq-len snapshot-every sparsity steps teacher-lag teachers temperature text-key tokens warmup weight-decay
+save-dtype seed seq-len snapshot-every sparsity steps teacher-lag teachers temperature text-key tokens track warmup
+weight-decay
 """.split()
 
 
@@ -53,6 +54,27 @@ def test_help_names_every_option_with_default_and_source(call: Any) -> None:
     own = {m.group(1) for line in plain.splitlines() if (m := re.match(r"[│\s*]*--([a-z-]+)", line))}
     assert own <= set(SURFACE)
     assert plain.count("Default:") == len(SURFACE) - 3  # all but --config, --quiet and --help
+
+
+OTHER_SURFACES = {
+    "resume": "quiet",
+    "eval": "batch-size data-dir dense device dtype json limit num-fewshot ppl quiet resume speed task-data tasks window "
+    "windows",
+    "compare": "json markdown",
+    "report": "quiet watch",
+    "inspect": "json",
+    "demo": "out tokens",
+}
+
+
+@pytest.mark.parametrize("command", OTHER_SURFACES)
+def test_surface_of_the_other_commands(call: Any, command: str) -> None:
+    code, out, _ = call(command, "--help")
+    assert code == 0
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", out)
+    own = {m.group(1) for line in plain.splitlines() if (m := re.match(r"[│\s*]*--([a-z-]+)", line))}
+    assert own - {"help"} == set(OTHER_SURFACES[command].split())
+    assert not re.search(r"(?<!nuteprune)\\\[|nuteprune'", plain), "markup must not swallow the extra's name"
 
 
 def _args(tmp_path: Path, model_folder: Path, text_file: Path, **changes: str) -> list[str]:
@@ -76,8 +98,31 @@ def test_prune_then_eval_then_inspect(call: Any, tmp_path: Path, model_folder: P
         "--device", "cpu",
     )  # fmt: skip
     assert code == 0, err
-    assert json.loads((tmp_path / "e.json").read_text())["perplexity"] > 1
+    record = json.loads((tmp_path / "e.json").read_text())
+    assert record["perplexity"]["corpus.txt"]["perplexity"] > 1
+    assert record == json.loads((tmp_path / "run/eval/pruned.json").read_text())
     assert "windows of 32 tokens (stride 32)" in out
+
+    (tmp_path / "piqa.jsonl").write_text('{"goal": "a cat", "sol1": "sat", "sol2": "ran", "label": 1}\n' * 4)
+    code, out, err = call(
+        "eval", str(tmp_path / "run"), "--dense", "--ppl", str(text_file), "--window", "32", "--tasks", "piqa", "--task-data",
+        str(tmp_path), "--limit", "3", "--device", "cpu",
+    )  # fmt: skip
+    assert code == 0, err
+    assert re.search(r"piqa \(acc\) .*±", out)
+    assert "first 3 of 4 rows, piqa.jsonl" in out
+    code, again, _ = call("compare", str(tmp_path / "run"))
+    assert code == 0
+    assert again == out
+    code, out, _ = call(
+        "compare", str(tmp_path / "e.json"), str(tmp_path / "run"), "--markdown", "--json", str(tmp_path / "c.json")
+    )
+    assert code == 0
+    assert re.search(r"\| perplexity, corpus.txt \| ([\d.]+) \| \1 \| x 1.000 \|", out)
+    assert json.loads((tmp_path / "c.json").read_text())["rows"][1]["ratios"] == [1.0, 1.0]
+    code, out, _ = call("report", str(tmp_path / "run"), "--quiet")
+    assert (code, out.strip()) == (0, str(tmp_path / "run/report/index.html"))
+    assert "piqa (acc)" in (tmp_path / "run/model/README.md").read_text()
 
     code, out, _ = call("inspect", str(model_folder), "--json")
     facts = json.loads(out)
@@ -165,6 +210,16 @@ def test_bad_folders_and_models(call: Any, tmp_path: Path, model_folder: Path, t
     _is_one_sentence(*call("prune", *_args(tmp_path, model_folder, text_file, out=below)), r"mine.txt is not a folder")
     _is_one_sentence(*call("prune", *_args(tmp_path, model_folder, text_file, out=str(Path.cwd()))), r"is the current folder")
     _is_one_sentence(*call("eval", str(model_folder), "--ppl", str(text_file), "--dtype", "int3"), r"--dtype got 'int3'")
+
+    model = str(model_folder)
+    _is_one_sentence(*call("eval", model, "--tasks", ","), r"--tasks got no task")
+    _is_one_sentence(*call("eval", model, "--tasks", "piqa", "--task-data", str(full)), r"has no rows for task piqa")
+    _is_one_sentence(*call("eval", model, "--tasks", "piqa", "--limit", "0"), r"--limit got 0")
+    _is_one_sentence(*call("eval", model, "--dense"), r"--dense: .* is no run folder")
+    _is_one_sentence(*call("compare", str(full)), r"full is no run folder")
+    _is_one_sentence(*call("compare", str(full / "mine.txt")), r"mine.txt is not what nuteprune eval --json writes")
+    _is_one_sentence(*call("report", str(full)), r"has no config.yaml")
+    _is_one_sentence(*call("report", str(full), "--watch", "0"), r"--watch got 0")
 
     from transformers import GPT2Config
 

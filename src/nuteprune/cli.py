@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nuteprune.config import PruneConfig, read_yaml
-from nuteprune.errors import NutePruneError
+from nuteprune.errors import ConfigError, NutePruneError
 from nuteprune.options import config_options
 
 app = typer.Typer(
@@ -69,44 +69,127 @@ def resume_command(
     _finish(resume(run, _reporter(quiet)))
 
 
-@app.command(name="eval")
+@app.command(
+    name="eval",
+    epilog="Example: nuteprune eval runs/a --dense --ppl wikitext2 --data-dir DATA --tasks paper --task-data DATA/zeroshot",
+)
 def eval_command(
     model: ModelArgument,
-    ppl: Annotated[str, typer.Option("--ppl", help="wikitext2, ptb, pydoc (held-out help pages), or a file.")] = "wikitext2",
+    ppl: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--ppl", help="wikitext2, ptb, pydoc (held-out help pages), or a file; repeatable.", show_default="wikitext2"
+        ),
+    ] = None,
     data_dir: Annotated[
         Path | None,
         typer.Option("--data-dir", help="Folder with wikitext2/wiki.test.raw and ptb/ptb.valid.txt; the hub without it."),
     ] = None,
     window: Annotated[int, typer.Option("--window", help="Tokens a window; windows do not overlap.")] = 1024,
     windows: Annotated[int | None, typer.Option("--windows", help="Score the first so many windows only.")] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            "--tasks",
+            help="Tasks of the lm-evaluation-harness, comma separated; paper stands for the seven of the paper "
+            "(pip install 'nuteprune\\[eval]').",
+        ),
+    ] = None,
+    task_data: Annotated[
+        Path | None,
+        typer.Option(
+            "--task-data", help="Folder with the tasks' rows, TASK_SPLIT.jsonl each (also .sample, .gz); the hub without it."
+        ),
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", help="The first so many rows of each task only.")] = None,
+    fewshot: Annotated[
+        int | None, typer.Option("--num-fewshot", help="Worked examples in each prompt; the tasks' own number without it.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Sequences a forward pass of the tasks.")] = 8,
+    speed: Annotated[bool, typer.Option("--speed", help="Measure speed and memory of generation.")] = False,
+    dense: Annotated[
+        bool, typer.Option("--dense", help="MODEL is a run: measure the model it was pruned from too, and compare.")
+    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Keep tasks that the record already has, measured alike.")] = False,
     device: Device = "auto",
     dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = "float32",
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the result to this file too.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the record to this file too.")] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Measures the perplexity of MODEL and states the protocol."""
-    if window < 2 or (windows is not None and windows < 1):
-        raise NutePruneError(f"--window {window} and --windows {windows}: allowed are at least 2 and at least 1.")
-    from nuteprune.evaluate import perplexity, read_set
-    from nuteprune.files import save_json
-    from nuteprune.job import environment
-    from nuteprune.models import DTYPES, Source, pick_device
+    """Measures MODEL: perplexity, tasks, speed. The record of a run is kept in RUN/eval."""
+    from nuteprune.evaluation.compare import compare
+    from nuteprune.evaluation.run import EvalOptions, evaluate
 
-    if dtype not in DTYPES:
-        raise NutePruneError(f"--dtype got {dtype!r}; allowed are {', '.join(DTYPES)}.")
-    where = pick_device(device)
-    name, text, joined = read_set(ppl, data_dir)
-    source = Source.find(model)
-    tokenizer = source.tokenizer(source.config().vocab_size)
-    loaded = source.model(where, DTYPES[dtype])
-    with _reporter(quiet).counter(f"perplexity on {name}") as progress:
-        result = perplexity(
-            loaded, tokenizer, text, name=name, joined=joined, window=window, windows=windows, progress=progress
-        )
+    names = tuple(name.strip() for name in (tasks or "").split(",") if name.strip())
+    if tasks is not None and not names:
+        raise ConfigError("--tasks got no task; give names such as piqa,arc_easy, or paper for the paper's seven.")
+    options = EvalOptions(
+        ppl=tuple(ppl or (() if names or speed else ("wikitext2",))),
+        data_dir=data_dir,
+        window=window,
+        windows=windows,
+        tasks=names,
+        task_data=task_data,
+        limit=limit,
+        fewshot=fewshot,
+        batch_size=batch_size,
+        speed=speed,
+        device=device,
+        dtype=dtype,
+        resume=resume,
+    )
+    try:
+        records = evaluate(model, options, _reporter(quiet), dense=dense, json_file=json_file)
+    except KeyboardInterrupt:
+        print("stopped; what was measured is kept in the record; go on with the same command and --resume", file=sys.stderr)
+        raise typer.Exit(130) from None
+    if len(records) > 1:
+        _print_comparison(compare(records))
+    else:
+        print("\n".join(records[0].lines()))
+
+
+@app.command(name="compare", epilog="Example: nuteprune compare runs/a runs/b --markdown")
+def compare_command(
+    records: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="A B ...",
+            help="Files of nuteprune eval --json, the dense model's first, or run folders, whose dense model goes before them.",
+        ),
+    ],
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the table to this file too.")] = None,
+) -> None:
+    """Puts evaluated models side by side: what each retains of the first one's quality, by task and on average."""
+    from nuteprune.evaluation.compare import compare, find_records
+    from nuteprune.files import save_json
+
+    found = compare(find_records(records))
     if json_file is not None:
-        save_json(json_file, {"model": model, **result.to_dict(), "dtype": dtype, "environment": environment(where)})
-    bits = f", {result.bits_per_byte:.4f} bits a byte" if result.bits_per_byte is not None else ""
-    print(f"{model}: perplexity {result.perplexity:.4f}{bits}\n{result.protocol}, {dtype} on {where}")
+        save_json(json_file, found.to_dict())
+    if markdown:
+        print(found.markdown(), end="")
+    else:
+        _print_comparison(found)
+
+
+@app.command(name="report")
+def report_command(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, finished or not.")],
+    watch: Annotated[
+        int | None,
+        typer.Option("--watch", metavar="SECONDS", help="Write the page every so many seconds until the run is complete."),
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Writes RUN/report: one page with pictures that needs no network, and PNG files; renews the model card."""
+    from nuteprune.report.page import watch_report, write_report
+
+    if watch is not None and watch < 1:
+        raise ConfigError(f"--watch got {watch}; allowed is a whole number of seconds from 1.")
+    page = write_report(run, _reporter(quiet)) if watch is None else watch_report(run, _reporter(quiet), watch)
+    print(page)
 
 
 @app.command(name="inspect")
@@ -141,6 +224,19 @@ def demo_command(
 
     code = run_demo(out, tokens, _reporter(False))
     raise typer.Exit(code)
+
+
+def _print_comparison(comparison: Any) -> None:
+    header, body = comparison.table()
+    table = Table(*header)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in body:
+        table.add_row(*row)
+    console = Console()
+    console.print(table)
+    for note in comparison.notes:
+        console.print(note, highlight=False, markup=False, soft_wrap=True)
 
 
 def _reporter(quiet: bool) -> Any:
