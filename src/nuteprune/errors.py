@@ -26,3 +26,7 @@ class TrainingError(NutePruneError):
 
 class ExportError(NutePruneError):
     """A compact model that does not equal the masked one, or cannot be written."""
+
+
+class MeasurementError(NutePruneError):
+    """A process that was to be measured ended before its result."""

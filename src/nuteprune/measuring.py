@@ -1,0 +1,126 @@
+"""Running a function in a fresh process and reading that process's peak memory.
+
+A process of its own makes the figure one of the function alone: neither what the caller holds nor what its allocator
+kept of earlier work is in it.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from nuteprune.errors import MeasurementError, NutePruneError
+
+T = TypeVar("T")
+Progress = Callable[[int, int], None]
+
+# The parent's module search path comes first, so that the child finds this package wherever the parent did.
+_START = "import pickle, sys; sys.path[:] = pickle.load(sys.stdin.buffer); from nuteprune.measuring import _serve; _serve()"
+
+
+def in_fresh_process(function: Callable[..., T], *args: Any, progress: Progress | None = None) -> tuple[T, int]:
+    """Calls a function in a fresh Python process.
+
+    Args:
+        function: a function at the top level of an importable module (not of the main script).
+        *args: its arguments; they and the result must be picklable.
+        progress: if given, the function gets a keyword argument `progress` whose calls arrive here.
+
+    Returns:
+        What the function returned, and the process's peak resident memory in bytes, interpreter and imports included.
+
+    Raises:
+        NutePruneError: the function raised it.
+        MeasurementError: the process was killed, as the system does when memory runs out.
+        RuntimeError: the function raised any other error; the text is its traceback.
+        ValueError: the function cannot be imported by another process.
+    """
+    if function.__module__ == "__main__" or "<" in function.__qualname__:
+        raise ValueError(f"{function.__qualname__} must stand at the top level of a module that can be imported")
+    # In a session of its own, so that Ctrl-C reaches this process alone, which then ends the child.
+    with subprocess.Popen(
+        [sys.executable, "-c", _START], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+    ) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        try:
+            pickle.dump(sys.path, child.stdin)
+            pickle.dump((function, args, progress is not None), child.stdin)
+            child.stdin.flush()
+            while True:
+                kind, value = pickle.load(child.stdout)
+                if kind == "progress":
+                    assert progress is not None
+                    progress(*value)
+                elif kind == "result":
+                    return value  # type: ignore[no-any-return]
+                elif kind == "error":
+                    raise value
+                else:
+                    raise RuntimeError(f"{function.__qualname__} failed in its process:\n{value}")
+        except (EOFError, BrokenPipeError, pickle.UnpicklingError) as error:
+            child.kill()
+            raise MeasurementError(_death(child.wait())) from error
+        except BaseException:
+            child.kill()
+            raise
+
+
+def _death(code: int) -> str:
+    """What became of a process that ended without a word."""
+    if code in (-signal.SIGKILL, 128 + signal.SIGKILL):
+        return (
+            "the measuring process was killed, most likely because the machine's memory ran out; lower --batch-size or "
+            "--seq-len, or give --gradient-checkpointing."
+        )
+    return f"the measuring process ended with code {code} before its result; its own messages stand above."
+
+
+def _serve() -> None:
+    """The child's side: reads a call from stdin, answers on stdout."""
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever libraries print goes to stderr
+    lock = threading.Lock()
+
+    def send(kind: str, value: Any) -> None:
+        with lock:
+            pickle.dump((kind, value), answers)
+            answers.flush()
+
+    function, args, reports = pickle.load(sys.stdin.buffer)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        own = {"progress": lambda done, total: send("progress", (done, total))} if reports else {}
+        result = function(*args, **own)
+        send("result", (result, peak_memory()))
+    except NutePruneError as error:
+        send("error", error)
+    except BaseException:
+        send("failed", traceback.format_exc())
+
+
+def _end_with_parent() -> None:
+    """Ends this process when the parent is gone, which closes stdin."""
+    while os.read(0, 1):
+        pass
+    os._exit(1)
+
+
+def peak_memory() -> int:
+    """Peak resident memory of this process so far, bytes."""
+    status = Path("/proc/self/status")
+    if status.exists():  # not getrusage: there a process starts with the peak of the one that made it
+        fields = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
+        return int(fields["VmHWM"].split()[0]) * 1024
+    import resource
+
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
