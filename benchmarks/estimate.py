@@ -1,6 +1,6 @@
 """Whether `nuteprune estimate` says what a run then takes: peak memory and time, estimated and real.
 
-    python benchmarks/estimate.py --data FILE [--models smollm2-135m,FOLDER] [--shapes 1x128,2x256,4x256] [--steps 30] [--json FILE]
+    python benchmarks/estimate.py --data FILE [--models smollm2-135m,FOLDER] [--shapes 1x128,4x256] [--steps 24] [--json FILE]
 
 Without --models: smollm2-135m and a random Qwen3 of 75 million parameters with an untied head. For every model and shape
 `nuteprune estimate` runs, then `nuteprune prune` with the same options; both as processes, one after the other.
@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--data", help="text file to train on")
     parser.add_argument("--models", default=f"smollm2-135m,{RANDOM}")
     parser.add_argument("--shapes", default="1x128,2x256,4x256", help="batch x tokens")
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--sparsity", default="0.25")
     parser.add_argument("--options", default="", help="further options for both, as one text")
     parser.add_argument("--json", type=Path)
@@ -62,7 +62,7 @@ def compare(name: str, model: str, shape: str, args: argparse.Namespace, folder:
     real, peak = process(["prune", *options, "--data", args.data, "--out", str(out)])
     result = json.loads((out / "result.json").read_text())
     measured = estimate["measured"]
-    row = {
+    row: dict[str, Any] = {
         "model": name,
         "shape": shape,
         "estimate_took": seconds,
