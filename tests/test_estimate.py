@@ -25,6 +25,7 @@ from nuteprune.job import prune
 from nuteprune.masking import LoraOptions, MaskedModel
 from nuteprune.masks import Masks
 from nuteprune.measuring import in_fresh_process
+from nuteprune.options import COST_OPTIONS
 from nuteprune.progress import Reporter, read_metrics
 from nuteprune.rehearsal import Rehearsal, Stage, miniature, run_time
 from nuteprune.timetable import Point, rehearsal_steps, timetable
@@ -269,6 +270,7 @@ def test_seven_billion_without_weights(call: Any, tmp_path: Path) -> None:  # no
 
 def test_bad_estimates_are_one_sentence(call: Any, model_folder: Path) -> None:  # noqa: F811
     for arguments, message in (
+        (("--gpu", "all", "--dtype", "float32"), r"--gpu computes runs in bfloat16, but --dtype got 'float32'"),
         (("--gpu", "h1000"), r"--gpu got 'h1000'; allowed are a100-40gb, .*, and all"),
         (("--seq-len", "4096"), r"--seq-len got 4096; this model reads at most 128"),
         (("--sparsity", "0.9999"), r"removes at most"),
@@ -280,6 +282,16 @@ def test_bad_estimates_are_one_sentence(call: Any, model_folder: Path) -> None: 
         assert not out
     code, _, err = call("estimate", str(model_folder), "--no-measure", "--data", "x.txt")
     assert code == 2  # options that change no cost are not options of estimate
+
+
+def test_options_are_those_of_prune(call: Any) -> None:  # noqa: F811
+    _, out, _ = call("estimate", "--help")
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", out)
+    own = {m.group(1) for line in plain.splitlines() if (m := re.match(r"[│\s*]*--([a-z][a-z-]*)", line))}
+    names = {name.replace("_", "-") for name in COST_OPTIONS}
+    assert own == names | {"gpu", "no-measure", "json", "quiet", "config", "help"}
+    assert plain.count("Default:") == len(names)
+    assert set(COST_OPTIONS) <= set(PruneConfig.__dataclass_fields__)
 
 
 def test_gpu_names() -> None:

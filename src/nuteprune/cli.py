@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -79,6 +80,7 @@ def estimate_command(
     from nuteprune.files import save_json
     from nuteprune.gpus import assumptions
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as after Ctrl-C, nothing is left behind
     found = estimate(checked, gpu or (), not no_measure, _reporter(quiet))
     if json_file is not None:
         save_json(json_file, found.to_dict())

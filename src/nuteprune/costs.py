@@ -29,6 +29,7 @@ from nuteprune.masks import Masks, unit_shapes
 
 LOGIT_BYTES = 14  # live at once for a value of a chunk of logits: student, teacher and a softmax in float32, one in half
 LOGIT_TRAFFIC = 90  # bytes read and written for a value of the logits in `losses`
+SCORED = 256  # rows of logits in float32, with their softmax, in `evaluate`
 ADAM = 8  # bytes of moments a trainable value
 
 
@@ -69,6 +70,7 @@ class StepCost:
         kept: bytes of activations that the student's forward pass keeps for the backward pass.
         forward_peak, backward_peak: bytes that these passes hold at most, kept activations and gradients included.
         head: bytes of a chunk of logits and of the gradient of the states.
+        evaluation: bytes of the logits of one held-out block.
         teacher, student, backward, heads: the work of each part.
     """
 
@@ -81,6 +83,7 @@ class StepCost:
     forward_peak: int
     backward_peak: int
     head: int
+    evaluation: int
     teacher: Work
     student: Work
     backward: Work
@@ -93,13 +96,14 @@ class StepCost:
 
     @property
     def peak(self) -> int:
-        """Bytes at the worst point of a step."""
+        """Bytes at the worst point of a step, or of the evaluation."""
         passes = (
             self.teacher_peak,
             self.taught + self.forward_peak,
             self.taught + self.kept + self.head,
             self.taught + self.backward_peak,
             3 * 4 * self.lora,  # gradients, and the optimiser's own working set
+            self.evaluation,
         )
         return self.standing + max(passes)
 
@@ -153,11 +157,22 @@ def step_cost(config: PruneConfig, dense: PretrainedConfig, arch: Arch, dtype: t
         size = student_states.untyped_storage().nbytes()
     gates = sum(math.prod(shape) for kind, shape in unit_shapes(arch.dims).items() if kind in config.prune)
     head, heads = _head(config, arch, size)
-    lora_values = sum(p.numel() for p in masked.lora.values())
     return StepCost(
-        weights, lora_values, gates, teacher_peak, taught, kept, forward_peak, backward_peak, head, teacher, student,
-        backward, heads,
-    )  # fmt: skip
+        weights=weights,
+        lora=sum(p.numel() for p in masked.lora.values()),
+        gates=gates,
+        teacher_peak=teacher_peak,
+        taught=taught,
+        kept=kept,
+        forward_peak=forward_peak,
+        backward_peak=backward_peak,
+        head=head,
+        evaluation=arch.dims.vocab * (config.seq_len * dtype.itemsize + SCORED * 8),
+        teacher=teacher,
+        student=student,
+        backward=backward,
+        heads=heads,
+    )
 
 
 def _head(config: PruneConfig, arch: Arch, states: int) -> tuple[int, Work]:

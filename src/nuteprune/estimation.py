@@ -24,7 +24,7 @@ from nuteprune.errors import ConfigError
 from nuteprune.gpus import Gpu, GpuEstimate, assumptions, find_gpus, on_gpu
 from nuteprune.job import check_model, pick_save_dtype
 from nuteprune.measuring import in_fresh_process
-from nuteprune.models import DTYPES, Source, pick_device
+from nuteprune.models import Source, pick_device
 from nuteprune.progress import Reporter, duration
 from nuteprune.rehearsal import RunTime, miniature, rehearse, run_time
 from nuteprune.sparsity import BlockSize
@@ -227,6 +227,8 @@ def estimate(config: PruneConfig, gpus: Sequence[str] = (), measure: bool = True
     """
     reporter = reporter or Reporter()
     wanted: list[Gpu] = find_gpus(tuple(gpus))
+    if wanted and config.dtype == "float32":
+        raise ConfigError("--gpu computes runs in bfloat16, but --dtype got 'float32'; leave --dtype at auto or give bfloat16.")
     source = Source.find(config.model)
     dense, arch = check_model(config, source)
     size = Size.of(config, dense, arch)
@@ -236,9 +238,7 @@ def estimate(config: PruneConfig, gpus: Sequence[str] = (), measure: bool = True
     device = pick_device(config.device) if measure else None
     cost = None
     if wanted:
-        reporter.say("computing a step on a GPU")
-        dtype = torch.bfloat16 if config.dtype == "auto" else DTYPES[config.dtype]
-        cost = step_cost(config, dense, arch, dtype)
+        cost = step_cost(config, dense, arch, torch.bfloat16)
     on_gpus = tuple(on_gpu(gpu, cost, config) for gpu in wanted) if cost is not None else ()
     measured = measure_run(config, str(device), reporter) if measure else None
     return Estimate(config, size, measured, cost, on_gpus)

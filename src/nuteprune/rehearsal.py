@@ -118,8 +118,6 @@ def rehearse(config: PruneConfig, progress: Progress) -> Rehearsal:
     save_text(folder / CONFIG, config.to_yaml())
     random_blocks(folder / BLOCKS, config)
     device = pick_device(config.device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
     watch = _Stopwatch(config, progress)
     resume(folder, watch)
     assert (folder / RESULT).is_file()
