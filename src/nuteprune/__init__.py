@@ -15,19 +15,32 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from nuteprune.config import PruneConfig
     from nuteprune.errors import NutePruneError
+    from nuteprune.estimation import Estimate, estimate
     from nuteprune.job import PruneResult, prune, resume
     from nuteprune.models import load
 
 _HOME = {
     "PruneConfig": "nuteprune.config",
     "NutePruneError": "nuteprune.errors",
+    "Estimate": "nuteprune.estimation",
+    "estimate": "nuteprune.estimation",
     "PruneResult": "nuteprune.job",
     "prune": "nuteprune.job",
     "resume": "nuteprune.job",
     "load": "nuteprune.models",
 }
 
-__all__ = ["NutePruneError", "PruneConfig", "PruneResult", "__version__", "load", "prune", "resume"]
+__all__ = [
+    "Estimate",
+    "NutePruneError",
+    "PruneConfig",
+    "PruneResult",
+    "__version__",
+    "estimate",
+    "load",
+    "prune",
+    "resume",
+]
 
 
 def __getattr__(name: str) -> Any:

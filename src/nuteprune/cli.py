@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +15,7 @@ from rich.table import Table
 
 from nuteprune.config import PruneConfig, read_yaml
 from nuteprune.errors import ConfigError, NutePruneError
-from nuteprune.options import config_options
+from nuteprune.options import COST_OPTIONS, config_options
 
 app = typer.Typer(
     name="nuteprune",
@@ -28,35 +29,67 @@ app = typer.Typer(
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:N or auto.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print results only.")]
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Folder, hub id, .gguf file, or smollm2-135m.")]
+OptionalModel = Annotated[str | None, typer.Argument(metavar="MODEL", help="Folder, hub id, .gguf file, or smollm2-135m.")]
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", help="YAML file with options by name; options given here override it.")
+]
 
 
 @app.command(
     name="prune",
     epilog="Example: nuteprune prune smollm2-135m --sparsity 0.25 --data corpus.jsonl.gz --out runs/a",
 )
-@config_options
+@config_options()
 def prune_command(
-    model: Annotated[str | None, typer.Argument(metavar="MODEL", help="Folder, hub id, .gguf file, or smollm2-135m.")] = None,
-    config: Annotated[
-        Path | None, typer.Option("--config", help="YAML file with options by name; options given here override it.")
-    ] = None,
+    model: OptionalModel = None,
+    config: ConfigFile = None,
     quiet: Quiet = False,
     **options: Any,
 ) -> None:
     """Prunes MODEL to an exact size and writes a smaller checkpoint that stock tools load."""
-    from_file = read_yaml(config) if config is not None else {}
-    if model is not None:
-        options["model"] = model
-    if options.get("steps") is not None or options.get("tokens") is not None:  # the other way of giving the budget yields
-        from_file.pop("steps", None), from_file.pop("tokens", None)
-    merged = {**from_file, **options}
-    if "model" not in merged:
-        raise NutePruneError("MODEL is missing; give a folder, a hub id, a .gguf file or smollm2-135m.")
-    checked = PruneConfig.create(**merged)
+    checked = _merged(model, config, options)
 
     from nuteprune.job import prune
 
     _finish(prune(checked, _reporter(quiet)))
+
+
+@app.command(
+    name="estimate",
+    epilog="Example: nuteprune estimate smollm2-135m --sparsity 0.25 --batch-size 4 --seq-len 256 --gpu all",
+)
+@config_options(COST_OPTIONS)
+def estimate_command(
+    model: OptionalModel = None,
+    config: ConfigFile = None,
+    gpu: Annotated[
+        list[str] | None,
+        typer.Option("--gpu", help="Compute the run on this GPU too (repeatable or comma separated): a name, or all."),
+    ] = None,
+    no_measure: Annotated[
+        bool, typer.Option("--no-measure", help="Measure nothing on this machine; no weights are needed.")
+    ] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the estimate to this file too.")] = None,
+    quiet: Quiet = False,
+    **options: Any,
+) -> None:
+    """Says before a run what it will take: size of the result, peak memory and time here, and on GPUs by name."""
+    checked = _merged(model, config, options)
+
+    from nuteprune.estimation import estimate
+    from nuteprune.files import save_json
+    from nuteprune.gpus import assumptions
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as after Ctrl-C, nothing is left behind
+    found = estimate(checked, gpu or (), not no_measure, _reporter(quiet))
+    if json_file is not None:
+        save_json(json_file, found.to_dict())
+    console = Console()
+    for line in found.lines():
+        print(line)
+    _print_tables(console, found.tables())
+    if found.gpus:
+        print(assumptions())
 
 
 @app.command(name="resume")
@@ -205,11 +238,7 @@ def inspect_command(
         return
     console = Console()
     console.print(found.headline, highlight=False, soft_wrap=True)
-    for title, columns, rows in found.tables():
-        table = Table(*columns, title=title, title_justify="left")
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
+    _print_tables(console, found.tables())
 
 
 @app.command(name="demo")
@@ -237,6 +266,27 @@ def _print_comparison(comparison: Any) -> None:
     console.print(table)
     for note in comparison.notes:
         console.print(note, highlight=False, markup=False, soft_wrap=True)
+
+
+def _merged(model: str | None, config: Path | None, options: dict[str, Any]) -> PruneConfig:
+    """Options of a file and of the command line, checked."""
+    from_file = read_yaml(config) if config is not None else {}
+    if model is not None:
+        options["model"] = model
+    if options.get("steps") is not None or options.get("tokens") is not None:  # the other way of giving the budget yields
+        from_file.pop("steps", None), from_file.pop("tokens", None)
+    merged = {**from_file, **options}
+    if "model" not in merged:
+        raise NutePruneError("MODEL is missing; give a folder, a hub id, a .gguf file or smollm2-135m.")
+    return PruneConfig.create(**merged)
+
+
+def _print_tables(console: Console, tables: list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]) -> None:
+    for title, columns, rows in tables:
+        table = Table(*columns, title=title, title_justify="left")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
 
 
 def _reporter(quiet: bool) -> Any:

@@ -307,6 +307,16 @@ class PruneConfig:
         return max(2, math.ceil(tokens / (self.batch_size * self.seq_len)))
 
     @property
+    def freeze_step(self) -> int:
+        """First step of recovery, from which on the masks are frozen; `total_steps` if there is none."""
+        return self.total_steps - round(self.recovery * self.total_steps)
+
+    @property
+    def ramp_steps(self) -> int:
+        """Steps over which the target sparsity grows."""
+        return min(max(1, round(self.warmup * self.total_steps)), self.freeze_step)
+
+    @property
     def alpha(self) -> float:
         """LoRA alpha in use."""
         return self.lora_alpha if self.lora_alpha is not None else float(self.lora_rank)

@@ -129,6 +129,28 @@ def check_folder(run: Path) -> None:
         raise ConfigError(f"--out {run} cannot be made: {parent} is not a folder that can be written to.")
 
 
+def check_model(config: PruneConfig, source: Source) -> tuple[PretrainedConfig, Arch]:
+    """A model's configuration and description, and whether the options suit it; no weights are read.
+
+    Raises:
+        ConfigError: an option that this model does not allow, or the model cannot be found.
+        ArchitectureError: the family is not supported.
+    """
+    dense, arch = describe(source)
+    make_discretiser(config, arch).check(config.sparsity)
+    LoraOptions(config.lora_rank, config.alpha, config.lora_targets).modules(arch)
+    longest = getattr(dense, "max_position_embeddings", None)
+    if longest is not None and config.seq_len > longest:
+        raise ConfigError(f"{flag('seq_len')} got {config.seq_len}; this model reads at most {longest} tokens.")
+    return dense, arch
+
+
+def pick_save_dtype(name: str, dense: PretrainedConfig) -> torch.dtype:
+    """The precision of `--save-dtype`; auto is that of the input checkpoint."""
+    own = str(getattr(dense, "dtype", None)).removeprefix("torch.")
+    return DTYPES.get(own, torch.float32) if name == "auto" else DTYPES[name]
+
+
 @contextmanager
 def _memory_errors(config: PruneConfig) -> Iterator[None]:
     """Says what to do when the device's memory is full."""
@@ -189,20 +211,13 @@ class _Job:
         if data:
             check_sources(config.data, config.text_key)
         source = Source.find(config.model)
-        dense, arch = describe(source)
-        make_discretiser(config, arch).check(config.sparsity)
-        LoraOptions(config.lora_rank, config.alpha, config.lora_targets).modules(arch)
-        longest = getattr(dense, "max_position_embeddings", None)
-        if longest is not None and config.seq_len > longest:
-            raise ConfigError(f"{flag('seq_len')} got {config.seq_len}; this model reads at most {longest} tokens.")
+        dense, arch = check_model(config, source)
         return cls(config, source, dense, arch, source.tokenizer(arch.dims.vocab), device)
 
     @property
     def save_dtype(self) -> torch.dtype:
         """Precision of the exported weights."""
-        wanted = self.config.save_dtype
-        own = str(getattr(self.dense, "dtype", None)).removeprefix("torch.")
-        return DTYPES.get(own, torch.float32) if wanted == "auto" else DTYPES[wanted]
+        return pick_save_dtype(self.config.save_dtype, self.dense)
 
     def load(self, reporter: Reporter) -> PreTrainedModel:
         """The intact model."""

@@ -51,7 +51,7 @@ class _FusedHead(torch.autograd.Function):
         gradient = torch.zeros_like(student)
         kl_sum = torch.zeros((), dtype=torch.float64, device=student.device)
         lm_sum = torch.zeros_like(kl_sum)
-        for rows in _chunks(tokens, weight.shape[0], student.device):
+        for rows in chunks(tokens, weight.shape[0], student.device):
             logits = F.linear(student[rows], weight, bias).float()
             valid, target = labels[rows] >= 0, labels[rows].clamp_min(0).unsqueeze(1)
             top = logits.amax(-1)
@@ -93,7 +93,7 @@ class _FusedHead(torch.autograd.Function):
         return (gradient * grads[0].to(gradient.dtype), *([None] * 7))
 
 
-def _chunks(tokens: int, vocab: int, device: torch.device) -> Iterator[slice]:
+def chunks(tokens: int, vocab: int, device: torch.device) -> Iterator[slice]:
     """Rows to take at a time: as even as possible, few enough for their logits to fit the limit."""
     most = max(16, _CHUNK_VALUES.get(device.type, 2**24) // vocab)
     count = -(-tokens // most)

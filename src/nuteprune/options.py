@@ -4,23 +4,41 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Annotated, Any
 
 import typer
 
 from nuteprune.config import RECIPES, PruneConfig, flag
 
+# The options that change what a run takes: memory, time, or the size of the result.
+COST_OPTIONS = (
+    "sparsity", "prune", "round_intermediate", "round_hidden", "tokens", "steps", "batch_size", "seq_len", "warmup",
+    "recovery", "lora_rank", "lora_targets", "gates", "gate_init", "gate_init_batches", "control", "teachers",
+    "teacher_lag", "snapshot_every", "hidden_loss", "lm_weight", "device", "dtype", "save_dtype", "gradient_checkpointing",
+    "compile", "checkpoint_every", "recipe",
+)  # fmt: skip
 
-def config_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Gives a command one option for each field of `PruneConfig` but `model`.
+Command = Callable[..., None]
+
+
+def config_options(names: Collection[str] | None = None) -> Callable[[Command], Command]:
+    """A decorator that gives a command one option for each field of `PruneConfig` but `model`.
 
     The command takes its own parameters and `**options`, the fields that the user gave.
+
+    Args:
+        names: the fields to give; all by default.
     """
+    return lambda command: _with_options(command, names)
+
+
+def _with_options(command: Command, names: Collection[str] | None) -> Command:
     own = [
         p for p in inspect.signature(command, eval_str=True).parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD
     ]
-    made = [_parameter(f) for f in dataclasses.fields(PruneConfig) if f.name != "model"]
+    fields = [f for f in dataclasses.fields(PruneConfig) if f.name != "model" and (names is None or f.name in names)]
+    made = [_parameter(f) for f in fields]
 
     def wrapper(**values: Any) -> None:
         mine = {p.name: values.pop(p.name) for p in own}

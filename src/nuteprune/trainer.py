@@ -91,9 +91,7 @@ class Trainer:
         fast: bool = True,
     ) -> None:
         self.config, self.blocks, self.folder, self.warn, self.fast = config, blocks, folder, warn, fast
-        self.total = config.total_steps
-        self.freeze_step = self.total - round(config.recovery * self.total)
-        self.ramp = min(max(1, round(config.warmup * self.total)), self.freeze_step)
+        self.total, self.freeze_step, self.ramp = config.total_steps, config.freeze_step, config.ramp_steps
 
         lora = LoraOptions(config.lora_rank, config.alpha, config.lora_targets, config.seed)
         self.masked = MaskedModel(model, arch, config.prune, lora, fused=fast)
@@ -302,7 +300,7 @@ class Trainer:
     @property
     def last_record(self) -> int:
         """Number of the record at the target sparsity."""
-        return math.floor(self.config.sparsity / self.config.snapshot_every + 1e-6)
+        return last_record(self.config)
 
     def after_step(self, step: int, sparsity: float) -> None:
         """Takes the snapshots that this step's sparsity passed, and notes that the target is reached."""
@@ -404,6 +402,11 @@ class Trainer:
         self.bank = TeacherBank.load(self.folder / "teachers", self.state.records)
         if masks := within(tensors, "masks"):
             self.freeze_at(Masks.from_tensors(masks))
+
+
+def last_record(config: PruneConfig) -> int:
+    """Number of the record at the target sparsity."""
+    return math.floor(config.sparsity / config.snapshot_every + 1e-6)
 
 
 def make_discretiser(config: PruneConfig, arch: Arch) -> Discretiser:

@@ -1,0 +1,259 @@
+"""A rehearsal: the real job in miniature, to measure the memory and time of a run before it.
+
+It is the job itself (`resume` on a prepared folder) with the real model and options. Only the number of steps, of
+importance batches and of held-out blocks is smaller, and the tokens are random.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from nuteprune.config import PruneConfig
+from nuteprune.data import Blocks
+from nuteprune.files import save_tensors, save_text
+from nuteprune.job import BLOCKS, CONFIG, HELD_OUT, RESULT, resume
+from nuteprune.models import Source, describe, pick_device
+from nuteprune.progress import Counter as LiveCounter
+from nuteprune.progress import Reporter
+from nuteprune.timetable import Point, rehearsal_steps, timetable
+
+BATCHES = 2  # of importance
+APART = 4  # held-out blocks: those that the compact model is compared on
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass
+class Stage:
+    """A counted stage of the job.
+
+    Attributes:
+        name: what the job calls it.
+        began, ended: seconds since the job began.
+        ticks: when each item was done.
+    """
+
+    name: str
+    began: float
+    ended: float = 0.0
+    ticks: list[float] = field(default_factory=list)
+
+    @property
+    def each(self) -> float:
+        """Seconds an item; the first one warms up."""
+        if len(self.ticks) < 2:
+            return self.ticks[0] - self.began if self.ticks else 0.0
+        return statistics.median(b - a for a, b in zip(self.ticks[:-1], self.ticks[1:], strict=True))
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What a rehearsal showed.
+
+    Attributes:
+        seconds: from reading the weights to the written model.
+        stages: importance, perplexities.
+        steps: point and seconds of each step.
+        trained: when the last step ended, seconds since the beginning.
+        device_allocated, device_reserved: peaks of GPU memory, bytes; None on a CPU.
+    """
+
+    seconds: float
+    stages: list[Stage]
+    steps: list[tuple[Point, float]]
+    trained: float
+    device_allocated: int | None
+    device_reserved: int | None
+
+    def step_seconds(self, point: Point) -> float:
+        """Median seconds of a step at a point, without the first; of the nearest point if it was not reached."""
+        for like in (
+            lambda p: p == point,
+            lambda p: p.phase == point.phase,
+            lambda p: p.teacher == point.teacher,
+            lambda p: True,
+        ):
+            here = [seconds for p, seconds in self.steps if like(p)]
+            if here:
+                return statistics.median(here[1:] or here)
+        raise ValueError("a rehearsal without steps")
+
+    def first_steps(self) -> float:
+        """Seconds that the first steps of the points took longer than the others: freezing, compiling, warming up."""
+        extra, seen = 0.0, set()
+        for point, seconds in self.steps:
+            if point not in seen:
+                extra += max(0.0, seconds - self.step_seconds(point))
+            seen.add(point)
+        return extra
+
+
+def miniature(config: PruneConfig, out: str) -> PruneConfig:
+    """The options of the rehearsal of a run."""
+    batches = min(BATCHES, config.gate_init_batches)
+    return config.replace(
+        steps=rehearsal_steps(config), tokens=None, gate_init_batches=batches, out=out, data=("self",), track=()
+    )
+
+
+def rehearse(config: PruneConfig, progress: Progress) -> Rehearsal:
+    """Runs a miniature in its folder `out`; to be called in a process of its own.
+
+    Args:
+        config: options from `miniature`.
+        progress: called with work done and its amount, in passes over a block.
+
+    Raises:
+        NutePruneError: as `prune` does.
+    """
+    folder = Path(config.out)
+    save_text(folder / CONFIG, config.to_yaml())
+    random_blocks(folder / BLOCKS, config)
+    device = pick_device(config.device)
+    watch = _Stopwatch(config, progress)
+    resume(folder, watch)
+    assert (folder / RESULT).is_file()
+    cuda = device.type == "cuda"
+    return Rehearsal(
+        seconds=watch.now,
+        stages=watch.stages,
+        steps=watch.steps,
+        trained=watch.trained,
+        device_allocated=torch.cuda.max_memory_allocated(device) if cuda else None,
+        device_reserved=torch.cuda.max_memory_reserved(device) if cuda else None,
+    )
+
+
+def random_blocks(path: Path, config: PruneConfig) -> Blocks:
+    """Token blocks of a run's shape that hold random tokens; what a step costs does not depend on the tokens."""
+    _, arch = describe(Source.find(config.model))
+    rows = config.total_steps * config.batch_size + APART
+    ids = torch.randint(arch.dims.vocab, (rows, config.seq_len), generator=torch.Generator().manual_seed(0)).int()
+    save_tensors(path, {"train": ids[APART:].clone(), "held_out": ids[:APART].clone()})
+    return Blocks.open(path)
+
+
+class _Stopwatch(Reporter):
+    """Notes when the stages and steps of a job end instead of printing them."""
+
+    def __init__(self, config: PruneConfig, progress: Progress) -> None:
+        super().__init__(Console(quiet=True))
+        self.stages: list[Stage] = []
+        self.steps: list[tuple[Point, float]] = []
+        self.trained = 0.0
+        self._began = time.perf_counter()
+        self._points = timetable(config)
+        self._trained_before = 0.0
+        self._tell, self._batch = progress, config.batch_size
+        taylor = config.gate_init_batches * config.batch_size if config.gate_init == "taylor" else 0
+        self._work = {"importance of units": 3}
+        self._total = 3 * taylor + 4 * config.batch_size * config.total_steps + 2 * APART
+        self._done = 0
+
+    @property
+    def now(self) -> float:
+        """Seconds since the job began."""
+        return time.perf_counter() - self._began
+
+    def worked(self, amount: int) -> None:
+        """Passes over a block that are done."""
+        self._done += amount
+        self._tell(min(self._done, self._total), self._total)
+
+    def counter(self, what: str) -> LiveCounter:
+        """A stage."""
+        self.stages.append(Stage(what, self.now))
+        return _Timed(self, what, self.stages[-1], self._work.get(what, 1))
+
+    def step(self, metrics: dict[str, Any], total: int) -> None:
+        """A training step."""
+        teacher = "record" if metrics["teacher"].startswith("record") else metrics["teacher"]
+        self.steps.append((Point(metrics["phase"], teacher), metrics["seconds"] - self._trained_before))
+        self._trained_before, self.trained = metrics["seconds"], self.now
+        self.worked(4 * self._batch)
+
+
+class _Timed(LiveCounter):
+    """A stage that is timed."""
+
+    def __init__(self, watch: _Stopwatch, what: str, stage: Stage, work: int) -> None:
+        super().__init__(watch, what)
+        self._watch, self._stage, self._work = watch, stage, work
+
+    def __enter__(self) -> Progress:
+        def tick(done: int, total: int) -> None:
+            self._stage.ticks.append(self._watch.now)
+            self._watch.worked(self._work)
+
+        return tick
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._stage.ended = self._watch.now
+
+
+@dataclass(frozen=True)
+class RunTime:
+    """Seconds that a run will take, by part.
+
+    Attributes:
+        start: starting Python, importing, reading the weights.
+        importance: of units, with the first checkpoint.
+        steps: point -> number of steps and median seconds of one.
+        between: first steps of a point, snapshots and checkpoints.
+        end: comparing, writing and evaluating the compact model.
+    """
+
+    start: float
+    importance: float
+    steps: dict[Point, tuple[int, float]]
+    between: float
+    end: float
+
+    @property
+    def training(self) -> float:
+        """Of all steps."""
+        return sum(count * seconds for count, seconds in self.steps.values())
+
+    @property
+    def total(self) -> float:
+        """Of the whole run."""
+        return self.start + self.importance + self.training + self.between + self.end
+
+
+def run_time(config: PruneConfig, rehearsed: Rehearsal, start_up: float) -> RunTime:
+    """What a run will take, from its rehearsal.
+
+    Args:
+        config: the run's options.
+        rehearsed: its rehearsal.
+        start_up: seconds that the rehearsing process took besides the job.
+    """
+    mini = miniature(config, config.out)
+    first = rehearsed.stages[0]  # importance, or the first checkpoint
+    importance = first.ended - first.began
+    if first.ticks:
+        sequences = min(config.gate_init_batches, config.total_steps) * config.batch_size
+        importance += (sequences - len(first.ticks)) * first.each
+    last = [stage for stage in rehearsed.stages[1:] if stage.ticks]
+    apart = min(HELD_OUT, (config.total_steps * config.batch_size + HELD_OUT) // 10)
+    end = rehearsed.seconds - rehearsed.trained + sum((apart - len(stage.ticks)) * stage.each for stage in last)
+    saving = last[0].began - rehearsed.trained if last else 0.0  # a checkpoint, and putting the weights back in order
+    between = rehearsed.trained - first.ended - sum(seconds for _, seconds in rehearsed.steps) + rehearsed.first_steps()
+    between += saving * (_checkpoints(config) - _checkpoints(mini))
+    steps = {point: (count, rehearsed.step_seconds(point)) for point, count in Counter(timetable(config)).items()}
+    return RunTime(start_up + first.began, importance, steps, max(between, 0.0), end)
+
+
+def _checkpoints(config: PruneConfig) -> int:
+    """Checkpoints between the first step and the last."""
+    return (config.total_steps - 1) // config.checkpoint_every

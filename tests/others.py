@@ -1,0 +1,37 @@
+"""Functions for processes that tests start; nothing heavy is imported here."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from typing import Any
+
+from nuteprune.errors import ConfigError
+
+
+def fill(megabytes: int) -> int:
+    return len(bytearray(b"x") * (megabytes * 2**20))
+
+
+def count(upto: int, progress: Any) -> str:
+    for number in range(upto):
+        progress(number + 1, upto)
+    return "done"
+
+
+def refuse(text: str) -> None:
+    raise ConfigError(text)
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def wrong() -> None:
+    raise KeyError("lost")
+
+
+def tell_and_wait(progress: Any) -> None:
+    progress(os.getpid(), 0)
+    time.sleep(600)
