@@ -17,18 +17,18 @@ from test_cli import call  # noqa: F401
 
 from nuteprune.arch import Arch
 from nuteprune.config import PruneConfig
-from nuteprune.costs import step_cost
 from nuteprune.errors import ConfigError, MeasurementError
-from nuteprune.estimation import estimate
-from nuteprune.gpus import GPUS, find_gpus, on_gpu
+from nuteprune.estimation.costs import step_cost
+from nuteprune.estimation.estimate import estimate
+from nuteprune.estimation.gpus import GPUS, find_gpus, on_gpu
+from nuteprune.estimation.rehearsal import Rehearsal, Stage, miniature, run_time
+from nuteprune.estimation.timetable import Point, rehearsal_steps, timetable
 from nuteprune.job import prune
 from nuteprune.masking import LoraOptions, MaskedModel
 from nuteprune.masks import Masks
 from nuteprune.measuring import in_fresh_process
 from nuteprune.options import COST_OPTIONS
 from nuteprune.progress import Reporter, read_metrics
-from nuteprune.rehearsal import Rehearsal, Stage, miniature, run_time
-from nuteprune.timetable import Point, rehearsal_steps, timetable
 
 # -- timetable ---------------------------------------------------------------------------------------------------------
 

@@ -15,15 +15,15 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from nuteprune.config import PruneConfig
     from nuteprune.errors import NutePruneError
-    from nuteprune.estimation import Estimate, estimate
+    from nuteprune.estimation.estimate import Estimate, estimate
     from nuteprune.job import PruneResult, prune, resume
     from nuteprune.models import load
 
 _HOME = {
     "PruneConfig": "nuteprune.config",
     "NutePruneError": "nuteprune.errors",
-    "Estimate": "nuteprune.estimation",
-    "estimate": "nuteprune.estimation",
+    "Estimate": "nuteprune.estimation.estimate",
+    "estimate": "nuteprune.estimation.estimate",
     "PruneResult": "nuteprune.job",
     "prune": "nuteprune.job",
     "resume": "nuteprune.job",

@@ -76,9 +76,9 @@ def estimate_command(
     """Says before a run what it will take: size of the result, peak memory and time here, and on GPUs by name."""
     checked = _merged(model, config, options)
 
-    from nuteprune.estimation import estimate
+    from nuteprune.estimation.estimate import estimate
+    from nuteprune.estimation.gpus import assumptions
     from nuteprune.files import save_json
-    from nuteprune.gpus import assumptions
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as after Ctrl-C, nothing is left behind
     found = estimate(checked, gpu or (), not no_measure, _reporter(quiet))

@@ -19,14 +19,14 @@ from transformers import PretrainedConfig
 
 from nuteprune.arch import Arch
 from nuteprune.config import PruneConfig
-from nuteprune.costs import StepCost, step_cost
 from nuteprune.errors import ConfigError
-from nuteprune.gpus import Gpu, GpuEstimate, assumptions, find_gpus, on_gpu
+from nuteprune.estimation.costs import StepCost, step_cost
+from nuteprune.estimation.gpus import Gpu, GpuEstimate, assumptions, find_gpus, on_gpu
+from nuteprune.estimation.rehearsal import RunTime, miniature, rehearse, run_time
 from nuteprune.job import check_model, pick_save_dtype
 from nuteprune.measuring import in_fresh_process
 from nuteprune.models import Source, pick_device
 from nuteprune.progress import Reporter, duration
-from nuteprune.rehearsal import RunTime, miniature, rehearse, run_time
 from nuteprune.sparsity import BlockSize
 
 NOT_IN_TIME = "reading and tokenising text, and sampling it for --data self"

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from nuteprune.config import PruneConfig
-from nuteprune.costs import StepCost, Work
 from nuteprune.errors import ConfigError
+from nuteprune.estimation.costs import StepCost, Work
 
 PRODUCTS = 0.6  # share of the peak of matrix products that a run is taken to reach
 BANDWIDTH = 0.8  # share of the memory bandwidth

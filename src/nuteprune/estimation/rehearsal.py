@@ -20,12 +20,13 @@ from rich.console import Console
 
 from nuteprune.config import PruneConfig
 from nuteprune.data import Blocks
+from nuteprune.estimation.timetable import Point, rehearsal_steps, timetable
 from nuteprune.files import save_tensors, save_text
-from nuteprune.job import BLOCKS, CONFIG, HELD_OUT, RESULT, resume
+from nuteprune.job import BLOCKS, HELD_OUT, resume
 from nuteprune.models import Source, describe, pick_device
 from nuteprune.progress import Counter as LiveCounter
 from nuteprune.progress import Reporter
-from nuteprune.timetable import Point, rehearsal_steps, timetable
+from nuteprune.report.facts import CONFIG, RESULT
 
 BATCHES = 2  # of importance
 APART = 4  # held-out blocks: those that the compact model is compared on
