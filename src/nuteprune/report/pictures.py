@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,8 +178,9 @@ def _means(values: list[float], size: int) -> list[float]:
 
 def _running_mean(values: list[float]) -> list[float]:
     """Mean over a window that is centred where it can be."""
-    half = max(1, len(values) // SMOOTH // 2)
-    return [sum(part) / len(part) for i in range(len(values)) for part in [values[max(0, i - half) : i + half + 1]]]
+    half, sums = max(1, len(values) // SMOOTH // 2), list(itertools.accumulate(values, initial=0.0))
+    ends = [(max(0, i - half), min(len(values), i + half + 1)) for i in range(len(values))]
+    return [(sums[end] - sums[start]) / (end - start) for start, end in ends]
 
 
 def _phases(axes: Axes, facts: RunFacts, theme: Theme) -> None:
