@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="nuteprune-tests-")  # nothing that a developer once downloaded is found
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
+import atexit
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +25,7 @@ from nuteprune.config import PruneConfig
 from nuteprune.masks import Masks, unit_shapes
 
 torch.set_num_threads(2)
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
 KINDS = ("heads", "intermediate", "hidden")
 WORDS = "the cat sat on a mat and saw one red dog run over two green hills while it rained all day long".split()

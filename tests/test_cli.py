@@ -58,8 +58,8 @@ def test_help_names_every_option_with_default_and_source(call: Any) -> None:
 
 OTHER_SURFACES = {
     "resume": "quiet",
-    "eval": "batch-size data-dir dense device dtype json limit num-fewshot ppl quiet resume speed task-data tasks window "
-    "windows",
+    "eval": "batch-size data-dir dense device dtype json limit num-fewshot ppl quiet resume speed task-data tasks text-key "
+    "window windows",
     "compare": "json markdown",
     "report": "quiet watch",
     "inspect": "json",

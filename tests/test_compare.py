@@ -11,17 +11,24 @@ import pytest
 
 from nuteprune.errors import ConfigError, DataError
 from nuteprune.evaluation.compare import compare, find_records
-from nuteprune.evaluation.record import Evaluation
+from nuteprune.evaluation.record import Evaluation, take_up
 
 
 def _record(name: str, tasks: dict[str, tuple[float, float]], ppl: float = 10.0, **changes: Any) -> Evaluation:
     entries = {
-        task: {"metric": "acc", "value": v, "stderr": e, "higher_is_better": True, "protocol": f"{task}, 100 rows"}
+        task: {
+            "metric": "acc",
+            "value": v,
+            "stderr": e,
+            "higher_is_better": True,
+            "part_of": None,
+            "protocol": f"{task}, 100 rows",
+        }
         for task, (v, e) in tasks.items()
     }
     values: dict[str, Any] = {
         "model": name, "parameters": 100, "weights": "", "dtype": "float32", "device": "cpu", "environment": {},
-        "perplexity": {"wikitext2": {"perplexity": ppl, "protocol": "32 windows"}}, "tasks": entries,
+        "perplexity": {"wikitext2": {"perplexity": ppl, "bits_per_byte": 1.0, "protocol": "32 windows"}}, "tasks": entries,
     }  # fmt: skip
     return Evaluation(**values | changes)
 
@@ -57,7 +64,9 @@ def test_other_protocols_are_left_out() -> None:
     assert "arc (acc)" not in rows  # nobody to compare with
     assert rows["piqa (acc)"].values == (0.8, 0.6, None)
     assert not any(name.startswith("average") for name in rows)
-    assert sum("left out: measured otherwise" in note for note in found.notes) == 3  # boolq of one; piqa, text of the other
+    assert (
+        sum("left out: it was measured otherwise" in note for note in found.notes) == 3
+    )  # boolq of one; piqa, text of the other
     with pytest.raises(ConfigError, match=r"dense and half share no measurement \(.*bfloat16.*\); run nuteprune eval"):
         compare([dense, half])
     with pytest.raises(ConfigError, match=r"compare got 1 evaluation"):
@@ -98,7 +107,58 @@ def test_broken_records_are_named(content: str, tmp_path: Path) -> None:
     whole = _record("a", {"piqa": (0.5, 0.1)}).to_dict()
     del whole["tasks"]["piqa"]["value"]
     path.write_text(json.dumps(whole))
-    with pytest.raises(DataError, match=r"an entry lacks value"):
+    with pytest.raises(DataError, match=r"tasks piqa has no value that can be read"):
         Evaluation.load(path)
     with pytest.raises(ConfigError, match=r"nothing\.json cannot be read"):
         Evaluation.load(tmp_path / "nothing.json")
+
+
+def test_speed_counts_within_one_session_only() -> None:
+    records = [_record(name, {"piqa": (0.5, 0.1)}) for name in ("dense", "pruned", "elsewhere")]
+    for record, session, rate in zip(records, ("a", "a", "b"), (10.0, 12.0, 1000.0), strict=True):
+        record.speed = {"tokens_per_s": rate, "peak_memory_mb": 500, "protocol": "greedy", "session": session}
+    found = compare(records)
+    rows = {row.name: row for row in found.rows}
+    assert rows["tokens/s of generation"].values == (10.0, 12.0, None)
+    assert any(note.startswith("speed and memory of elsewhere are left out") for note in found.notes)
+
+
+def test_parts_of_a_group_do_not_count_twice() -> None:
+    tasks = {"mmlu": (0.5, 0.01), "mmlu_law": (0.2, 0.01), "piqa": (0.7, 0.01)}
+    records = [_record(name, tasks) for name in ("dense", "pruned")]
+    for record in records:
+        record.tasks["mmlu_law"]["part_of"] = "mmlu"
+    average = {row.name: row for row in compare(records).rows}["average of 2 tasks"]
+    assert average.values == pytest.approx((0.6, 0.6))
+
+
+def test_a_perplexity_beyond_all_numbers_is_infinite() -> None:
+    dense, broken = _record("dense", {}), _record("broken", {})
+    broken.perplexity["wikitext2"]["perplexity"] = None
+    _, body = compare([dense, broken]).table()
+    assert body[1] == ["perplexity, wikitext2", "10.000", "inf", "x inf"]
+    broken.perplexity["wikitext2"]["perplexity"] = 3.2e17
+    assert compare([dense, broken]).table()[1][1][2:] == ["3.2e+17", "x 3.2e+16"]
+
+
+def test_records_of_another_kind_are_set_aside_not_lost(tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    _record("a", {"piqa": (0.5, 0.1)}).save(path)
+    assert take_up(same := _record("a/", {"boolq": (0.5, 0.1)}), path) is None
+    assert set(same.tasks) == {"piqa", "boolq"}
+    for number, changes in enumerate(({"dtype": "bfloat16"}, {"weights": "other"}), 1):
+        _record("a", {"piqa": (0.5, 0.1)}).save(path)
+        other = _record("a", {"boolq": (0.5, 0.1)}, **changes)
+        assert "kept as" in (take_up(other, path) or "")
+        assert set(other.tasks) == {"boolq"}
+        assert set(Evaluation.load(tmp_path / f"record-{number}.json").tasks) == {"piqa"}
+
+
+def test_runs_of_different_models_are_not_compared(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name / "model").mkdir(parents=True)
+        (tmp_path / name / "config.yaml").write_text("")
+        _record(name, {"piqa": (0.5, 0.1)}).save(tmp_path / name / "eval/pruned.json")
+        _record(f"dense-{name}", {"piqa": (0.5, 0.1)}, weights=name).save(tmp_path / name / "eval/dense.json")
+    with pytest.raises(ConfigError, match=r"pruned from different models \(dense-a, dense-b\)"):
+        find_records([str(tmp_path / "a"), str(tmp_path / "b")])

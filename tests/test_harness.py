@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import logging
 import random
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,9 @@ from lm_eval.evaluator import simple_evaluate
 
 from nuteprune.errors import ConfigError, DataError
 from nuteprune.evaluation import run as evaluation_run
-from nuteprune.evaluation.harness import Harness, load_tasks
-from nuteprune.evaluation.local_rows import KNOWN, PAPER, read_rows
+from nuteprune.evaluation.harness import Harness, LoadedTask, load_tasks
+from nuteprune.evaluation.known_tasks import KNOWN, PAPER, KnownTask
+from nuteprune.evaluation.local_rows import read_rows
 from nuteprune.evaluation.record import Evaluation
 from nuteprune.evaluation.run import EvalOptions, evaluate
 
@@ -119,7 +119,6 @@ def _merged(path: Path) -> dict[str, Any]:
 
 @pytest.mark.filterwarnings("ignore")  # of the plain run
 def test_numbers_equal_a_plain_harness_run(data: Path, model_folder: Path, tmp_path: Path) -> None:
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     tasks = list(FILES)
     plain = _plain(tmp_path, data, model_folder, tasks)
     harness = Harness(tiny_model(tiny_config()), make_tokenizer(), batch_size=4)
@@ -150,7 +149,7 @@ def test_a_limit_is_the_first_rows(data: Path, tmp_path: Path) -> None:
 def test_worked_examples_come_from_a_train_file(data: Path, tmp_path: Path) -> None:
     for name in ("arc_easy_test.jsonl", "piqa_validation.jsonl"):
         (tmp_path / name).write_bytes((data / name).read_bytes())
-    with pytest.raises(ConfigError, match=r"--num-fewshot 2 needs arc_easy_train\.jsonl"):
+    with pytest.raises(ConfigError, match=r"no worked examples for task arc_easy: looked for arc_easy_train\.jsonl"):
         load_tasks(("arc_easy",), tmp_path, fewshot=2)
     _write(
         tmp_path / "arc_easy_train.jsonl", [_row("arc_easy", random.Random(9)) | {"question": f"hills {i}"} for i in range(4)]
@@ -161,6 +160,62 @@ def test_worked_examples_come_from_a_train_file(data: Path, tmp_path: Path) -> N
     prompt = task.loaded["tasks"]["arc_easy"].instances[0].args[0]
     assert prompt.count("Question: hills") == 2
     assert prompt.count("Question:") == 3
+    assert "worked examples from arc_easy_train.jsonl" in score.protocol
+    with pytest.raises(DataError, match=r"arc_easy with 9 worked examples: ValueError"):
+        load_tasks(("arc_easy",), tmp_path, fewshot=9)
+
+
+def test_a_task_s_own_worked_examples_never_come_from_what_is_evaluated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The harness's gsm8k shows five examples; without a train file they would be drawn from the rows themselves."""
+    monkeypatch.setitem(KNOWN, "gsm8k", KnownTask("exact_match", "gsm8k", ("question", "answer")))  # spares the whole index
+    rows = [{"question": f"How many {i}?", "answer": f"{i} #### {i}"} for i in range(8)]
+    _write(tmp_path / "gsm8k_test.jsonl", rows)
+    with pytest.raises(ConfigError, match=r"no worked examples for task gsm8k: looked for gsm8k_train\.jsonl"):
+        load_tasks(("gsm8k",), tmp_path)
+    _write(tmp_path / "gsm8k_train.jsonl", [{"question": f"Train {i}?", "answer": f"{i} #### {i}"} for i in range(6)])
+    (task,) = load_tasks(("gsm8k",), tmp_path)
+    gsm8k = task.loaded["tasks"]["gsm8k"]
+    prompt = gsm8k.fewshot_context(gsm8k.eval_docs[3], gsm8k.config.num_fewshot)
+    assert prompt.count("Train") == 5
+    assert prompt.count("How many") == 1
+    assert "5-shot" in task.protocol("gsm8k", None, 8)
+    (none,) = load_tasks(("gsm8k",), tmp_path, fewshot=0)
+    assert "0-shot" in none.protocol("gsm8k", None, 8)
+
+
+def test_groups_count_as_one(tmp_path: Path) -> None:
+    for name, rows in (("one", 3), ("two", 5)):
+        _write(tmp_path / f"{name}.jsonl", [{"q": f"the cat {i}", "c": ["sat", "ran"], "a": i % 2} for i in range(rows)])
+        task = {
+            "task": name, "dataset_path": "json", "test_split": "test", "output_type": "multiple_choice",
+            "dataset_kwargs": {"data_files": {"test": str(tmp_path / f"{name}.jsonl")}, "cache_dir": str(tmp_path / "cache")},
+            "doc_to_text": "{{q}}", "doc_to_target": "a", "doc_to_choice": "c", "num_fewshot": 0, "metadata": {"version": 1},
+            "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+        }  # fmt: skip
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(task))
+    average = [{"metric": "acc", "aggregation": "mean", "weight_by_size": True}]
+    group = {"group": "both", "task": ["one", "two"], "aggregate_metric_list": average}
+    (tmp_path / "both.yaml").write_text(yaml.safe_dump(group))
+    loaded = lm_eval.tasks.TaskManager(include_defaults=False, include_path=str(tmp_path)).load(["both"])
+    names = list(loaded["tasks"])
+    whole = LoadedTask("both", loaded, dict.fromkeys(names, "here"))
+    scores = Harness(tiny_model(tiny_config()), make_tokenizer()).score(whole)
+    assert [score.part_of for score in scores] == [None, "both", "both"]
+    assert [score.rows for score in scores] == [8, 3, 5]
+    assert scores[0].value == pytest.approx((3 * scores[1].value + 5 * scores[2].value) / 8)
+    assert "group both of 2 tasks" in scores[0].protocol
+    assert not whole.single
+
+
+def test_what_the_harness_warns_of_is_passed_on(tmp_path: Path) -> None:
+    """A context longer than the model reads is cut on the left: that changes what a number means."""
+    _write(tmp_path / "piqa_validation.jsonl", [{"goal": "the cat " * 200, "sol1": "sat", "sol2": "ran", "label": 0}])
+    said: list[str] = []
+    harness = Harness(tiny_model(tiny_config()), make_tokenizer(), warn=said.append)
+    harness.score(load_tasks(("piqa",), tmp_path)[0])
+    assert any("runcat" in warning for warning in said), said
 
 
 @pytest.mark.parametrize(
@@ -171,7 +226,7 @@ def test_worked_examples_come_from_a_train_file(data: Path, tmp_path: Path) -> N
         (
             "piqa",
             ['{"goal": "a", "sol1": "b", "sol2": "c", "label": 2}'],
-            r"the rows of piqa_validation\.jsonl .* do not fit the task, the first of them",
+            r"the rows of piqa_validation\.jsonl do not fit the task \(IndexError",
         ),
         ("piqa", ["[1]"], r"line 1: a list; every line must be a JSON object"),
         ("piqa", [], r"piqa_validation\.jsonl has no rows"),
@@ -194,7 +249,9 @@ def test_a_later_broken_row_is_found_before_the_model(data: Path, tmp_path: Path
     rows = [json.loads(line) for line in (data / "arc_easy_test.jsonl").read_text().splitlines()]
     rows[4]["answerKey"] = "E"
     _write(tmp_path / "arc_easy_test.jsonl", rows)
-    with pytest.raises(DataError, match=r"row 5: does not fit task arc_easy"):
+    lines = (tmp_path / "arc_easy_test.jsonl").read_text()
+    (tmp_path / "arc_easy_test.jsonl").write_text("\n" + lines)  # blank lines are skipped, but count
+    with pytest.raises(DataError, match=r"line 6: does not fit task arc_easy"):
         load_tasks(("arc_easy",), tmp_path)
     load_tasks(("arc_easy",), tmp_path, limit=4)  # it will not be run
 
@@ -261,8 +318,11 @@ def test_records_are_kept_and_taken_up_again(
     assert ran == ["piqa", "arc_easy"], "other weights are measured again"
 
 
-def test_options_are_checked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_options_are_checked(model_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for wrong, message in (
+        ({"ppl": ("ptb",), "limit": 3}, r"--limit 3 was given without --tasks"),
+        ({"tasks": ("piqa",), "windows": 3}, r"--windows 3 was given without --ppl"),
+        ({"ppl": ("ptb",), "resume": True}, r"--resume True was given without --tasks"),
         ({"ppl": ("ptb",), "window": 1}, r"--window got 1; allowed is a whole number of at least 2"),
         ({"tasks": ("piqa",), "limit": 0}, r"--limit got 0"),
         ({"tasks": ("piqa",), "fewshot": -1}, r"--num-fewshot got -1"),
@@ -274,7 +334,14 @@ def test_options_are_checked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
         with pytest.raises(ConfigError, match=message):
             EvalOptions(**wrong)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"--dense: .* is no run folder"):
-        evaluate("smollm2-135m", EvalOptions(speed=True), dense=True)
+        evaluate(str(model_folder), EvalOptions(speed=True), dense=True)
+    model = str(model_folder)
+    with pytest.raises(ConfigError, match=r"--resume: no record of .* is kept; give --json FILE"):
+        evaluate(model, EvalOptions(tasks=("piqa",), resume=True))
+    with pytest.raises(ConfigError, match=r"--window got 200; .* reads at most 128 tokens"):
+        evaluate(model, EvalOptions(ppl=("pydoc",), window=200))
+    with pytest.raises(ConfigError, match=r"--json .* is a folder; give a file name"):
+        evaluate(model, EvalOptions(ppl=("pydoc",), window=100), json_file=tmp_path)
     monkeypatch.setattr(evaluation_run, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'nuteprune\[eval\]'"):
-        evaluate("smollm2-135m", EvalOptions(tasks=("piqa",)))
+        evaluate(model, EvalOptions(tasks=("piqa",)))

@@ -19,9 +19,13 @@ from nuteprune.config import PruneConfig
 from nuteprune.errors import ConfigError, DataError
 from nuteprune.evaluation.run import EvalOptions, evaluate
 from nuteprune.job import prune
+from nuteprune.models import Source
 from nuteprune.progress import Reporter
-from nuteprune.report.facts import Figures, RunFacts
+from nuteprune.report import page as page_module
+from nuteprune.report.card import model_card
+from nuteprune.report.facts import Figures, RunFacts, origin
 from nuteprune.report.page import watch_report, write_report
+from nuteprune.report.pictures import LIGHT, WIDE, pictures
 
 QUIET = Reporter(Console(quiet=True))
 
@@ -97,6 +101,7 @@ def test_a_finished_run(finished: Path) -> None:
     for layer, heads, channels in facts.left():
         assert f"<td>{layer}</td><td>{heads}</td><td>{channels}</td>" in source
     assert str(finished.parent) not in card, "no folders of this machine in what gets published"
+    assert "base_model" not in card, "a folder is no hub id"
 
 
 def test_pictures_are_pictures(finished: Path) -> None:
@@ -130,9 +135,8 @@ def test_the_facts_are_those_of_the_run(finished: Path) -> None:
     assert RunFacts.read(finished).left() == facts.left()
 
 
-def test_an_unfinished_run_and_the_live_view(
-    small_run: PruneConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_unfinished_run_and_the_live_view(small_run: PruneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page_module, "pictures", lambda facts: pictures(facts)[-1:])  # what is left; drawing takes seconds
     config = small_run.replace(out=str(tmp_path / "live"))
     run = Path(config.out)
     training = threading.Thread(target=prune, args=(config, QUIET))
@@ -142,8 +146,9 @@ def test_an_unfinished_run_and_the_live_view(
     said: list[str] = []
     reporter = Reporter(Console(quiet=True))
     reporter.say = said.append  # type: ignore[method-assign]
-    page = watch_report(run, reporter, every=1)
+    page = watch_report(run, reporter, 1, training.is_alive)
     training.join()
+    page = watch_report(run, reporter, 1)
     assert said[-1].endswith("step 24 of 24")
     assert "This run is not complete" not in page.read_text(encoding="utf-8")
 
@@ -151,7 +156,7 @@ def test_an_unfinished_run_and_the_live_view(
         (run / late).unlink()
     lines = (run / "metrics.jsonl").read_text().splitlines()
     (run / "metrics.jsonl").write_text("\n".join(lines[:9]) + "\n" + lines[9][:20])
-    text = _Page(write_report(run, QUIET, refresh=30).read_text(encoding="utf-8")).text
+    text = _Page(watch_report(run, QUIET, 30, lambda: False).read_text(encoding="utf-8")).text
     assert "This run is not complete" in text
     assert "9 of 24" in text
     assert '<meta http-equiv="refresh" content="30">' in (run / "report/index.html").read_text()
@@ -174,12 +179,36 @@ def test_what_is_no_run_is_refused(finished: Path, tmp_path: Path) -> None:
         write_report(copy, QUIET)
 
 
+def test_the_card_names_the_hub_and_hides_folders(finished: Path) -> None:
+    facts = RunFacts.read(finished)
+    data = ("../secret/rows.jsonl", "owner/set:part", "self")
+    config = facts.config.replace(model="owner/base", data=data)
+    from_hub = dataclasses.replace(facts, config=config, environment={"model_from": "hub", "data_files": [data[0]]})
+    card = model_card(from_hub)
+    assert "base_model: owner/base" in card
+    assert "secret" not in card
+    assert from_hub.recipe()["data"] == ["rows.jsonl", "owner/set:part", "self"]
+    card = model_card(dataclasses.replace(from_hub, environment={"model_from": "files", "data_files": []}))
+    assert "owner/base" not in card
+    assert origin(Source.find(str(finished)), ("pydoc", __file__)) == {"model_from": "files", "data_files": [__file__]}
+
+
+def test_evaluations_of_other_weights_are_left_out(finished: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    assert RunFacts.read(copy).comparison is not None, "a copy is the same model"
+    weights = copy / "model/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\0")
+    facts = RunFacts.read(copy)
+    assert facts.comparison is None
+    assert "measured of other weights" in facts.left_out[0]
+    assert facts.left_out[0] in write_report(copy, QUIET).read_text()
+
+
 def test_no_teachers_no_picture_of_them(finished: Path) -> None:
     facts = RunFacts.read(finished)
-    alone = dataclasses.replace(facts, steps=[step | {"teacher": "none", "kl": None} for step in facts.steps])
-    from nuteprune.report.pictures import LIGHT, WIDE, pictures
-
+    alone = dataclasses.replace(facts, steps=[step | {"teacher": "none", "kl": None, "lm_loss": None} for step in facts.steps])
     found = pictures(alone)
-    assert [p.name for p in found] == ["sparsity", "losses", "left", "retained"]
+    assert [p.name for p in found] == ["sparsity", "left", "retained"]
     assert all(b"<svg" in p.svg(alone, LIGHT, WIDE) for p in found)
     assert alone.teaching_line() == "No teacher served in all 16 steps."

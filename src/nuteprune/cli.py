@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from nuteprune.config import PruneConfig, read_yaml
@@ -78,8 +79,9 @@ def estimate_command(
 
     from nuteprune.estimation.estimate import estimate
     from nuteprune.estimation.gpus import assumptions
-    from nuteprune.files import save_json
+    from nuteprune.files import check_output, save_json
 
+    check_output("--json", json_file)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as after Ctrl-C, nothing is left behind
     found = estimate(checked, gpu or (), not no_measure, _reporter(quiet))
     if json_file is not None:
@@ -118,7 +120,12 @@ def eval_command(
         Path | None,
         typer.Option("--data-dir", help="Folder with wikitext2/wiki.test.raw and ptb/ptb.valid.txt; the hub without it."),
     ] = None,
-    window: Annotated[int, typer.Option("--window", help="Tokens a window; windows do not overlap.")] = 1024,
+    text_key: Annotated[
+        str | None, typer.Option("--text-key", help="Field that holds the text in jsonl and parquet files; text without it.")
+    ] = None,
+    window: Annotated[
+        int | None, typer.Option("--window", help="Tokens a window; windows do not overlap. 1024 without it.")
+    ] = None,
     windows: Annotated[int | None, typer.Option("--windows", help="Score the first so many windows only.")] = None,
     tasks: Annotated[
         str | None,
@@ -138,7 +145,9 @@ def eval_command(
     fewshot: Annotated[
         int | None, typer.Option("--num-fewshot", help="Worked examples in each prompt; the tasks' own number without it.")
     ] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Sequences a forward pass of the tasks.")] = 8,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", help="Sequences a forward pass of the tasks; 8 without it.")
+    ] = None,
     speed: Annotated[bool, typer.Option("--speed", help="Measure speed and memory of generation.")] = False,
     dense: Annotated[
         bool, typer.Option("--dense", help="MODEL is a run: measure the model it was pruned from too, and compare.")
@@ -151,6 +160,7 @@ def eval_command(
 ) -> None:
     """Measures MODEL: perplexity, tasks, speed. The record of a run is kept in RUN/eval."""
     from nuteprune.evaluation.compare import compare
+    from nuteprune.evaluation.record import run_folder
     from nuteprune.evaluation.run import EvalOptions, evaluate
 
     names = tuple(name.strip() for name in (tasks or "").split(",") if name.strip())
@@ -159,6 +169,7 @@ def eval_command(
     options = EvalOptions(
         ppl=tuple(ppl or (() if names or speed else ("wikitext2",))),
         data_dir=data_dir,
+        text_key=text_key,
         window=window,
         windows=windows,
         tasks=names,
@@ -174,7 +185,8 @@ def eval_command(
     try:
         records = evaluate(model, options, _reporter(quiet), dense=dense, json_file=json_file)
     except KeyboardInterrupt:
-        print("stopped; what was measured is kept in the record; go on with the same command and --resume", file=sys.stderr)
+        kept = "the tasks that were done are kept; go on with the same command and --resume"
+        print(f"stopped; {kept if run_folder(model) or json_file else 'nothing is kept without --json'}", file=sys.stderr)
         raise typer.Exit(130) from None
     if len(records) > 1:
         _print_comparison(compare(records))
@@ -196,8 +208,9 @@ def compare_command(
 ) -> None:
     """Puts evaluated models side by side: what each retains of the first one's quality, by task and on average."""
     from nuteprune.evaluation.compare import compare, find_records
-    from nuteprune.files import save_json
+    from nuteprune.files import check_output, save_json
 
+    check_output("--json", json_file)
     found = compare(find_records(records))
     if json_file is not None:
         save_json(json_file, found.to_dict())
@@ -256,14 +269,9 @@ def demo_command(
 
 
 def _print_comparison(comparison: Any) -> None:
-    header, body = comparison.table()
-    table = Table(*header)
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for row in body:
-        table.add_row(*row)
     console = Console()
-    console.print(table)
+    header, body = comparison.table()
+    _print_tables(console, [("", tuple(header), [tuple(row) for row in body])], right=True)
     for note in comparison.notes:
         console.print(note, highlight=False, markup=False, soft_wrap=True)
 
@@ -281,11 +289,16 @@ def _merged(model: str | None, config: Path | None, options: dict[str, Any]) -> 
     return PruneConfig.create(**merged)
 
 
-def _print_tables(console: Console, tables: list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]) -> None:
+def _print_tables(
+    console: Console, tables: list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]], right: bool = False
+) -> None:
+    """Prints titled tables; the columns but the first to the right, if asked."""
     for title, columns, rows in tables:
-        table = Table(*columns, title=title, title_justify="left")
+        table = Table(*map(escape, columns), title=escape(title) or None, title_justify="left")
+        for column in table.columns[1:] if right else ():
+            column.justify = "right"
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*map(escape, row))
         console.print(table)
 
 

@@ -266,6 +266,7 @@ class PruneConfig:
         for name in ("prune", "data", "lora_targets"):
             need(name, len(getattr(self, name)) > 0, "at least one value")
         need("prune", len(set(self.prune)) == len(self.prune), "each unit once")
+        need("track", len(set(self.track)) == len(self.track), "each tracker once")
         if self.steps is not None and self.tokens is not None:
             raise ConfigError(f"--steps {self.steps} and --tokens {self.tokens} were both given; give one of them.")
         for name in (

@@ -22,7 +22,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from nuteprune.errors import DataError
+from nuteprune.errors import DataError, reason
 from nuteprune.files import save_tensors
 
 SELF, PYDOC = "self", "pydoc"
@@ -167,8 +167,7 @@ def _read_hub(source: str, key: str) -> Iterator[str]:
     except DataError:
         raise
     except Exception as error:  # the hub client raises many kinds; all mean that the data cannot be had
-        reason = " ".join(str(error).split())[:300]
-        raise DataError(f"--data {source}: neither a file here nor a data set that the hub gives ({reason}).") from error
+        raise DataError(f"--data {source}: neither a file here nor a data set that the hub gives ({reason(error)}).") from error
 
 
 @dataclass(frozen=True)

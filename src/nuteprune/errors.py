@@ -1,6 +1,11 @@
 """The errors that a user can cause and can mend."""
 
 
+def reason(error: BaseException, length: int = 300) -> str:
+    """What a library's error says, in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:length]
+
+
 class NutePruneError(Exception):
     """A problem that the user can mend; its text is one sentence that says what, where and what to do.
 

@@ -6,6 +6,7 @@ result.json.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -32,7 +33,7 @@ from nuteprune.masking import LoraOptions
 from nuteprune.models import DTYPES, Source, describe, pick_device, pick_dtype
 from nuteprune.progress import MetricsFile, Reporter
 from nuteprune.report.card import model_card
-from nuteprune.report.facts import CONFIG, ENVIRONMENT, MASKS, METRICS, MODEL, RESULT, Figures, RunFacts
+from nuteprune.report.facts import CONFIG, ENVIRONMENT, MASKS, METRICS, MODEL, RESULT, Figures, RunFacts, origin
 from nuteprune.sample import model_sampler
 from nuteprune.tracking import Trackers, check_trackers
 from nuteprune.trainer import Trainer, make_discretiser
@@ -235,7 +236,7 @@ class _Job:
             yield from model_sampler(model, self.tokenizer, folder / "data/self.jsonl", config.seed, progress)(wanted)
 
         save_text(folder / CONFIG, config.to_yaml())
-        save_json(folder / ENVIRONMENT, environment(self.device))
+        save_json(folder / ENVIRONMENT, environment(self.device) | origin(self.source, config.data))
         with reporter.counter("sampling text from the model" if SELF in config.data else "tokenising") as progress:
             build_blocks(
                 folder / BLOCKS,
@@ -306,6 +307,7 @@ class _Job:
         reporter.say(
             f"compact equals masked: largest logit difference {equality.largest:.2e}{also} over {equality.tokens:,} tokens"
         )
+        facts = RunFacts.read(run)  # a file of the run that cannot be read is found before the export
         compactor = Compactor(masked, masks, self.save_dtype)
         generation = masked.model.generation_config
         with write_folder(run / MODEL, compactor, self.dense, self.tokenizer, generation) as folder:
@@ -331,7 +333,8 @@ class _Job:
                 tokens=trainer.state.tokens,
                 seconds=trainer.state.seconds,
             )
-            save_text(folder / "README.md", model_card(RunFacts.read(run, figures, masks)))
+            facts = dataclasses.replace(facts, figures=figures, masks=masks, masks_of="the pruned model")
+            save_text(folder / "README.md", model_card(facts))
         save_tensors(run / MASKS, masks.tensors())
         save_json(run / RESULT, figures.to_dict())
         return figures

@@ -26,13 +26,16 @@ Progress = Callable[[int, int], None]
 _START = "import pickle, sys; sys.path[:] = pickle.load(sys.stdin.buffer); from nuteprune.measuring import _serve; _serve()"
 
 
-def in_fresh_process(function: Callable[..., T], *args: Any, progress: Progress | None = None) -> tuple[T, int]:
+def in_fresh_process(
+    function: Callable[..., T], *args: Any, progress: Progress | None = None, advice: str = "take a smaller model or batch"
+) -> tuple[T, int]:
     """Calls a function in a fresh Python process.
 
     Args:
         function: a function at the top level of an importable module (not of the main script).
         *args: its arguments; they and the result must be picklable.
         progress: if given, the function gets a keyword argument `progress` whose calls arrive here.
+        advice: what to do when memory runs out, for the error.
 
     Returns:
         What the function returned, and the process's peak resident memory in bytes, interpreter and imports included.
@@ -64,23 +67,26 @@ def in_fresh_process(function: Callable[..., T], *args: Any, progress: Progress 
                     return value  # type: ignore[no-any-return]
                 elif kind == "error":
                     raise value
+                elif kind == "memory":
+                    raise MeasurementError(f"the device's memory is full; {advice}.")
                 else:
                     raise RuntimeError(f"{function.__qualname__} failed in its process:\n{value}")
         except (EOFError, BrokenPipeError, pickle.UnpicklingError) as error:
-            child.kill()
-            raise MeasurementError(_death(child.wait())) from error
+            try:
+                code = child.wait(timeout=5)
+            except subprocess.TimeoutExpired:
+                child.kill()
+                code = child.wait()
+            raise MeasurementError(_death(code, advice)) from error
         except BaseException:
             child.kill()
             raise
 
 
-def _death(code: int) -> str:
+def _death(code: int, advice: str) -> str:
     """What became of a process that ended without a word."""
     if code in (-signal.SIGKILL, 128 + signal.SIGKILL):
-        return (
-            "the measuring process was killed, most likely because the machine's memory ran out; lower --batch-size or "
-            "--seq-len, or give --gradient-checkpointing."
-        )
+        return f"the measuring process was killed, most likely because the machine's memory ran out; {advice}."
     return f"the measuring process ended with code {code} before its result; its own messages stand above."
 
 
@@ -103,8 +109,9 @@ def _serve() -> None:
         send("result", (result, peak_memory()))
     except NutePruneError as error:
         send("error", error)
-    except BaseException:
-        send("failed", traceback.format_exc())
+    except BaseException as error:
+        full = type(error).__name__ == "OutOfMemoryError"  # torch's; torch itself is not imported here
+        send("memory" if full else "failed", traceback.format_exc())
 
 
 def _end_with_parent() -> None:

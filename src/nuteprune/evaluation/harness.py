@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import difflib
 import logging
+import random
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -18,16 +20,19 @@ from typing import Any
 
 import datasets
 import lm_eval.tasks
+import numpy as np
+import torch
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nuteprune.errors import ConfigError, DataError
-from nuteprune.evaluation.local_rows import KNOWN, PAPER, find_rows, read_rows
+from nuteprune.errors import ConfigError, DataError, reason
+from nuteprune.evaluation.known_tasks import KNOWN, PAPER
+from nuteprune.evaluation.local_rows import LocalRows, read_rows
 
 Progress = Callable[[int, int], None]
-FEWSHOT_SEED = 1234  # the harness's own default
-SEVEN = "paper"  # name of the paper's seven tasks together
+PAPER_TASKS = "paper"  # name of the paper's seven tasks together
+RANDOM_SEED, OTHER_SEED = 0, 1234  # the harness's own: of `random`; of numpy, torch and worked examples
 
 
 @dataclass(frozen=True)
@@ -45,8 +50,8 @@ class TaskScore:
         of: rows that the source has.
         fewshot: worked examples in the prompt.
         version: the harness's version of the task.
-        source: where the rows came from.
         protocol: one line that says how the number came about.
+        part_of: the group that was asked for and that this task belongs to, or None.
     """
 
     task: str
@@ -59,8 +64,8 @@ class TaskScore:
     of: int
     fewshot: int
     version: str
-    source: str
     protocol: str
+    part_of: str | None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -86,13 +91,22 @@ class LoadedTask:
         """Whether it is one task rather than a group."""
         return not self.loaded["groups"]
 
+    def members(self, name: str) -> list[str]:
+        """The tasks of one of its groups, or the task itself."""
+        groups = self.loaded["groups"]
+        return [task.task_name for task in groups[name].get_all_tasks()] if name in groups else [name]
+
     def rows(self, name: str, limit: int | None) -> tuple[int, int]:
         """Rows of a task that a limit leaves, and rows that there are."""
         count = len(self.loaded["tasks"][name].eval_docs)
         return min(limit or count, count), count
 
     def protocol(self, name: str, limit: int | None, batch_size: int) -> str:
-        """One line that says how the number of one of its tasks comes about."""
+        """One line that says how the number of one of its tasks or groups comes about."""
+        if name in self.loaded["groups"]:
+            members = self.members(name)
+            each = sha256("\n".join(self.protocol(m, limit, batch_size) for m in members).encode()).hexdigest()[:12]
+            return f"lm-evaluation-harness {version('lm_eval')}, group {name} of {len(members)} tasks, their protocols {each}"
         task = self.loaded["tasks"][name]
         rows, count = self.rows(name, limit)
         return (
@@ -116,10 +130,10 @@ def load_tasks(
         limit: rows that will be run; local rows beyond it are not checked.
 
     Raises:
-        ConfigError: an unknown task, or a folder without its rows.
+        ConfigError: an unknown task, a folder without its rows, or a task that cannot be run here.
         DataError: rows that cannot be had or do not fit the task.
     """
-    wanted = tuple(dict.fromkeys(t for name in names for t in (PAPER if name == SEVEN else (name,))))
+    wanted = tuple(dict.fromkeys(t for name in names for t in (PAPER if name == PAPER_TASKS else (name,))))
     with _quiet():
         manager = _manager(wanted)
         wanted = tuple(dict.fromkeys(t for name in wanted for t in _expanded(manager, name)))
@@ -130,7 +144,7 @@ def _manager(names: tuple[str, ...]) -> Any:
     """The harness's index of tasks; only the folders of known tasks are read where they are enough (seconds less)."""
     base = Path(lm_eval.tasks.__file__).parent
     folders = sorted({base / KNOWN[name].folder for name in names if name in KNOWN})
-    if len(names) == sum(name in KNOWN for name in names) and all(folder.is_dir() for folder in folders):
+    if all(name in KNOWN for name in names) and all(folder.is_dir() for folder in folders):
         manager = lm_eval.tasks.TaskManager(include_defaults=False, include_path=list(folders))
         if set(names) <= set(manager.all_tasks):
             return manager
@@ -151,95 +165,143 @@ def _expanded(manager: Any, name: str) -> list[str]:
 def _load(manager: Any, name: str, task_data: Path | None, fewshot: int | None, limit: int | None) -> LoadedTask:
     if task_data is not None and name in manager.all_groups:
         raise ConfigError(f"--tasks {name} is a group; with --task-data name its tasks one by one.")
-    spec, sources = (name, {}) if task_data is None else _with_local_rows(manager, name, task_data, fewshot)
+    _seed()  # some tasks shuffle their choices while they are made
+    if task_data is not None:
+        return _load_local(manager, name, task_data, fewshot, limit)
     try:
-        loaded = manager.load([spec])
+        loaded = manager.load([name])
         for task in loaded["tasks"].values():
             _set_fewshot(task, fewshot)
-    except Exception as error:  # hub clients and templates raise many kinds; all mean that there are no usable rows
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        if task_data is None:
-            raise DataError(
-                f"--tasks {name}: its rows cannot be had from the hub ({reason}); give a folder with them by --task-data."
-            ) from error
+            _try_prompt(task)
+    except ConfigError:
+        raise
+    except Exception as error:  # the hub client raises many kinds; all mean that the rows cannot be had
         raise DataError(
-            f"--tasks {name}: the rows of {sources[name]} do not fit the task, the first of them already ({reason})."
+            f"--tasks {name}: its rows cannot be had from the hub ({reason(error)}); give a folder with them by --task-data."
         ) from error
+    sources = {}
     for key, task in loaded["tasks"].items():
-        if key in sources:
-            _check_rows(task, sources[key], limit)
-        else:
-            split = task.config.test_split or task.config.validation_split
-            configuration = f":{task.config.dataset_name}" if task.config.dataset_name else ""
-            sources[key] = f"hub {task.config.dataset_path}{configuration}, {split} split"
+        _check_task(task)
+        split = task.config.test_split or task.config.validation_split
+        configuration = f":{task.config.dataset_name}" if task.config.dataset_name else ""
+        sources[key] = f"hub {task.config.dataset_path}{configuration}, {split} split"
     return LoadedTask(name, loaded, sources)
 
 
-def _with_local_rows(manager: Any, name: str, folder: Path, fewshot: int | None) -> tuple[dict[str, Any], dict[str, str]]:
-    """The harness's configuration of a task with its rows replaced by local ones, and where they are."""
+def _load_local(manager: Any, name: str, folder: Path, fewshot: int | None, limit: int | None) -> LoadedTask:
+    """A task with the harness's own configuration, but for its rows, which come from files."""
     own = lm_eval.tasks.manager.load_yaml(manager.task_index[name].yaml_path)
     split = own.get("test_split") or own.get("validation_split")
     if "class" in own or split is None:
         raise ConfigError(f"--tasks {name} is written in Python in the harness and takes no --task-data.")
     local = read_rows(folder, name, split)
-    rows = {split: local.rows}
-    if fewshot:
-        if find_rows(folder, name, "train") in (None, local.path):
-            raise ConfigError(f"--num-fewshot {fewshot} needs {name}_train.jsonl in --task-data {folder} for its examples.")
-        rows["train"] = read_rows(folder, name, "train").rows
+    rows, source = {split: local.rows}, local.where
+    shots = own.get("num_fewshot") or 0
+    if fewshot is not None and own.get("num_fewshot") != 0:
+        shots = fewshot
+    apart = (own.get("fewshot_config") or {}).get("split") or own.get("fewshot_split") or own.get("training_split")
+    if shots and "samples" not in (own.get("fewshot_config") or {}):
+        if apart is None:
+            raise ConfigError(f"--tasks {name} has no split of its own for {shots} worked examples; give --num-fewshot 0.")
+        if apart != split:  # else the harness leaves the row itself out
+            examples = read_rows(folder, name, apart, evaluated=False)
+            rows[apart], source = examples.rows, f"{source}, worked examples from {examples.where}"
 
     def dataset(**_: Any) -> dict[str, Any]:
-        return {part: datasets.Dataset.from_list(values) for part, values in rows.items()}
+        return {part: datasets.Dataset.from_list(_even(values)) for part, values in rows.items()}
 
     changes: dict[str, Any] = {"custom_dataset": dataset, "dataset_kwargs": None}
     for key in ("training_split", "validation_split", "test_split", "fewshot_split"):
-        if own.get(key) not in (None, split):
+        if own.get(key) not in (None, *rows):
             changes[key] = None
-    if fewshot:
-        changes["training_split"] = "train"
-    return {**own, **changes}, {name: local.where}
+    try:
+        loaded = manager.load([{**own, **changes}])
+    except Exception as error:  # templates and the harness's functions raise many kinds
+        raise DataError(f"--tasks {name}: the rows of {local.path.name} do not fit the task ({reason(error)}).") from error
+    task = loaded["tasks"][name]
+    _check_task(task)
+    _set_fewshot(task, fewshot)
+    _check_rows(task, local, limit)
+    try:
+        _try_prompt(task)
+    except ValueError as error:
+        raise DataError(f"--tasks {name} with {shots} worked examples: {reason(error)}.") from error
+    return LoadedTask(name, loaded, {name: source})
+
+
+def _even(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows that all have the fields of any; a data set takes its columns from the first."""
+    fields = dict.fromkeys(key for row in rows for key in row)
+    return [{key: row.get(key) for key in fields} for row in rows]
 
 
 def _set_fewshot(task: Any, fewshot: int | None) -> None:
-    """As the harness does it: a number given replaces the task's own, but for tasks that fix it at 0."""
+    """As the harness does it: a number given replaces the task's own, but for tasks that fix it at 0.
+
+    Raises:
+        ConfigError: the task fixes it.
+    """
     own = task.get_config("num_fewshot")
+    if fewshot and own == 0:
+        raise ConfigError(
+            f"--num-fewshot {fewshot}: task {task.config.task} fixes its number at 0; leave it out for this task."
+        )
     if fewshot is not None and own != 0:
         task.set_config(key="num_fewshot", value=fewshot)
     elif own is None:
         task.set_config(key="num_fewshot", value=0)
+    task.set_fewshot_seed(seed=OTHER_SEED)
 
 
-def _check_rows(task: Any, source: str, limit: int | None) -> None:
+def _try_prompt(task: Any) -> None:
+    """Makes one prompt with worked examples: too few of them are found now."""
+    if task.config.num_fewshot:
+        task.fewshot_context(task.eval_docs[0], task.config.num_fewshot)
+
+
+def _check_task(task: Any) -> None:
+    """Refuses tasks that the harness would refuse after the model is loaded.
+
+    Raises:
+        ConfigError: it is one.
+    """
+    name = task.config.task
+    if getattr(task, "UNSAFE_CODE", False):
+        raise ConfigError(f"--tasks {name} runs code that the model writes, which nuteprune does not; use the harness itself.")
+    if getattr(task, "MULTIMODAL", False):
+        raise ConfigError(f"--tasks {name} shows pictures or sound; nuteprune's models read text.")
+
+
+def _check_rows(task: Any, local: LocalRows, limit: int | None) -> None:
     """Makes every row's prompt and answer once, so that a broken row is named before a model is loaded.
 
     Raises:
-        DataError: with the number of the row.
+        DataError: with the line of the row.
     """
-    number = 0
+    index = 0
     try:
-        for number, row in enumerate(islice(task.eval_docs, limit), 1):  # noqa: B007  the number is for the message
+        for index, row in enumerate(islice(task.eval_docs, limit)):  # noqa: B007  the number is for the message
             text, target = task.doc_to_text(row), task.doc_to_target(row)
             if task.OUTPUT_TYPE != "multiple_choice":
                 continue
             choices, gold = task.doc_to_choice(row), text if task.multiple_input else target
-            if not (gold in choices if isinstance(gold, str) else 0 <= gold < len(choices)):
-                raise ValueError(f"the answer {gold!r} is none of its {len(choices)} choices")
+            for answer in gold if isinstance(gold, list) else [gold]:
+                if not (answer in choices if isinstance(answer, str) else 0 <= answer < len(choices)):
+                    raise ValueError(f"the answer {answer!r} is none of its {len(choices)} choices")
     except Exception as error:  # templates and the harness's functions raise many kinds
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise DataError(f"{source}, row {number or 1}: does not fit task {task.config.task} ({reason}).") from error
+        where = f"{local.path}, line {local.lines[index]}" if len(task.eval_docs) == len(local.lines) else local.where
+        raise DataError(f"{where}: does not fit task {task.config.task} ({reason(error)}).") from error
 
 
 # -- running -------------------------------------------------------------------------------------------------------------
 
 
-class _Counted(HFLM):  # type: ignore[misc]
-    """The harness's own model class, with its progress handed on."""
+class _Counter:
+    """Stands where the harness keeps a cache: it is told of each answer."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> None:
-        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    def __init__(self) -> None:
         self.progress: Progress | None = None
         self.done = self.total = 0
-        self.set_cache_hook(self)  # the harness calls add_partial with each answer
 
     def add_partial(self, attr: str, req: Any, res: Any) -> None:
         """One more request is answered."""
@@ -247,19 +309,25 @@ class _Counted(HFLM):  # type: ignore[misc]
         if self.progress is not None:
             self.progress(min(self.done, self.total), self.total)
 
-    def _expect(self, requests: list[Any]) -> None:
-        self.done, self.total = 0, len(requests)
+
+class _ReportingLM(HFLM):  # type: ignore[misc]
+    """The harness's own model class, without its bars, whose counter knows how many requests there are."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, counter: _Counter) -> None:
+        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        self.counter = counter
+        self.set_cache_hook(counter)
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> Any:
-        self._expect(requests)
+        self.counter.done, self.counter.total = 0, len(requests)
         return super().loglikelihood(requests, disable_tqdm=True)
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> Any:
-        self._expect(requests)
+        self.counter.done, self.counter.total = 0, len(requests)
         return super().loglikelihood_rolling(requests, disable_tqdm=True)
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> Any:
-        self._expect(requests)
+        self.counter.done, self.counter.total = 0, len(requests)
         return super().generate_until(requests, disable_tqdm=True)
 
 
@@ -270,12 +338,19 @@ class Harness:
         model: a causal language model, dense or pruned, on its device.
         tokenizer: its tokenizer.
         batch_size: sequences a forward pass.
+        warn: called with the first thing that the harness warns of in a task, and how many more there are.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = 8) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        batch_size: int = 8,
+        warn: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self._batch_size, self._warn, self._counter = batch_size, warn, _Counter()
         with _quiet():
-            self._lm = _Counted(model, tokenizer, batch_size)
-        self._batch_size = batch_size
+            self._lm = _ReportingLM(model, tokenizer, batch_size, self._counter)
 
     def score(self, task: LoadedTask, limit: int | None = None, progress: Progress | None = None) -> list[TaskScore]:
         """Runs a task (or the tasks of a group).
@@ -285,15 +360,18 @@ class Harness:
             limit: the first so many rows of each task only.
             progress: called with requests answered and their number.
         """
-        self._lm.progress = progress
+        self._counter.progress = progress
         for part in task.loaded["tasks"].values():
-            part.set_fewshot_seed(seed=FEWSHOT_SEED)
-        with _quiet():
+            part.set_fewshot_seed(seed=OTHER_SEED)
+        _seed()
+        with _quiet() as warnings:
             found: Any = evaluate(self._lm, task.loaded, limit=limit, log_samples=False)
+        if warnings:  # one a row, as when contexts are cut, would fill the screen
+            more = f" (and {len(warnings) - 1:,} more warnings)" if len(warnings) > 1 else ""
+            self._warn(f"{task.name}: {warnings[0]}{more}")
         scores = []
-        for name in (*found.get("groups", {}), *task.loaded["tasks"]):
-            metrics = _metrics(found["results"][name])
-            if metrics:  # a group may have no number of its own
+        for name in (*task.loaded["groups"], *task.loaded["tasks"]):
+            if metrics := _metrics(found["results"].get(name, {})):  # a group may have no number of its own
                 better = found["higher_is_better"].get(name) or {}
                 scores.append(self._score(task, name, limit, metrics, better, str(found["versions"].get(name, "none"))))
         return scores
@@ -301,25 +379,31 @@ class Harness:
     def _score(
         self, task: LoadedTask, name: str, limit: int | None, metrics: dict[str, Any], better: dict[str, Any], number: str
     ) -> TaskScore:
-        parts = task.loaded["tasks"]
-        members = [name] if name in parts else list(parts)
+        members = task.members(name)
         rows, count = (sum(sizes) for sizes in zip(*(task.rows(member, limit) for member in members), strict=True))
-        protocol = "; ".join(task.protocol(member, limit, self._batch_size) for member in members)
         metric = _main_metric(name, metrics)
+        known = better.get(metric.partition(",")[0])
         return TaskScore(
             task=name,
             metric=metric,
             value=metrics[metric]["value"],
             stderr=metrics[metric]["stderr"],
             metrics=metrics,
-            higher_is_better=bool(better.get(metric.partition(",")[0], True)),
+            higher_is_better=True if known is None else bool(known),
             rows=rows,
             of=count,
-            fewshot=max(parts[member].config.num_fewshot for member in members),
+            fewshot=max(task.loaded["tasks"][member].config.num_fewshot for member in members),
             version=number,
-            source="; ".join(dict.fromkeys(task.sources[member] for member in members)),
-            protocol=protocol,
+            protocol=task.protocol(name, limit, self._batch_size),
+            part_of=None if name == task.name else task.name,
         )
+
+
+def _seed() -> None:
+    """Seeds as the harness's own command does."""
+    random.seed(RANDOM_SEED)
+    np.random.seed(OTHER_SEED)
+    torch.manual_seed(OTHER_SEED)
 
 
 def _metrics(result: dict[str, Any]) -> dict[str, dict[str, float | None]]:
@@ -341,16 +425,37 @@ def _main_metric(task: str, metrics: dict[str, Any]) -> str:
     return next((m for m in (*known, "acc_norm", "acc") if m in metrics), next(iter(metrics)))
 
 
+class _Kept(logging.Handler):
+    """Keeps warnings."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.said: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keeps one."""
+        self.said.append(" ".join(record.getMessage().split()))
+
+
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """The harness's log says nothing that the protocol does not say; the hub's retries end in an error of ours."""
-    loggers = [logging.getLogger(name) for name in ("lm_eval", "huggingface_hub", "datasets")]
+def _quiet() -> Iterator[list[str]]:
+    """Keeps the harness and the hub's client off the screen.
+
+    Yields:
+        What the harness warns of meanwhile.
+    """
+    kept, harness = _Kept(), logging.getLogger("lm_eval")
+    loggers = [harness, logging.getLogger("huggingface_hub"), logging.getLogger("datasets")]
     before = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+    for logger, level in zip(loggers, (logging.WARNING, logging.ERROR, logging.ERROR), strict=True):
+        logger.setLevel(level)
+    harness.addHandler(kept)
+    propagate, harness.propagate = harness.propagate, False
     try:
         with redirect_stdout(sys.stderr):  # stdout is for results
-            yield
+            yield kept.said
     finally:
+        harness.removeHandler(kept)
+        harness.propagate = propagate
         for logger, level in zip(loggers, before, strict=True):
             logger.setLevel(level)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nuteprune.data import PYDOC, pydoc_pages, read_documents
-from nuteprune.errors import ConfigError, DataError
+from nuteprune.errors import ConfigError, DataError, reason
 
 Progress = Callable[[int, int], None]
 Logits = Callable[[Tensor], Tensor]
@@ -51,6 +52,7 @@ class Perplexity:
 
     Attributes:
         text: name of the text.
+        sha256: beginning of the text's fingerprint, or of the tokens' where those were given.
         joined: how its documents became one text.
         window: tokens a window; windows do not overlap (stride = window), a rest shorter than a window is left out
             unless it is all there is.
@@ -63,6 +65,7 @@ class Perplexity:
     """
 
     text: str
+    sha256: str
     joined: str
     window: int
     stride: int
@@ -74,23 +77,30 @@ class Perplexity:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return asdict(self)
+        found = asdict(self)
+        return found | {"perplexity": self.perplexity if math.isfinite(self.perplexity) else None}  # JSON has no infinity
+
+    @classmethod
+    def from_dict(cls, found: dict[str, Any]) -> Perplexity:
+        """The inverse of `to_dict`."""
+        return cls(**found | {"perplexity": math.inf if found["perplexity"] is None else found["perplexity"]})
 
     @property
     def protocol(self) -> str:
         """One line that says how the number came about."""
         return (
-            f"{self.text}, {self.joined}, {self.windows} windows of {self.window} tokens (stride {self.stride}), "
-            f"{self.tokens:,} tokens scored (all but a window's first)"
+            f"{self.text} (sha256 {self.sha256}), {self.joined}, {self.windows} windows of {self.window} tokens "
+            f"(stride {self.stride}), {self.tokens:,} tokens scored (all but a window's first)"
         )
 
 
-def read_set(name: str, data_dir: Path | None) -> tuple[str, str, str]:
+def read_set(name: str, data_dir: Path | None, text_key: str = "text") -> tuple[str, str, str]:
     """The text of a named set or a file.
 
     Args:
         name: wikitext2, ptb, pydoc (help pages that training never sees), or a file.
         data_dir: folder that holds the named sets' files; the hub is asked without it.
+        text_key: field that holds the text in jsonl and parquet files.
 
     Returns:
         Name, text, and how it was joined.
@@ -104,7 +114,7 @@ def read_set(name: str, data_dir: Path | None) -> tuple[str, str, str]:
         return name, "\n\n".join(_rows(name, known, data_dir)), known.joined
     if not Path(name).is_file():
         raise ConfigError(f"--ppl got {name!r}; allowed are {', '.join(NAMED_SETS)}, {PYDOC}, or a file.")
-    return Path(name).name, "\n\n".join(read_documents(name)), "documents joined with blank lines"
+    return Path(name).name, "\n\n".join(read_documents(name, text_key)), "documents joined with blank lines"
 
 
 def _rows(name: str, known: NamedSet, data_dir: Path | None) -> list[str]:
@@ -122,8 +132,9 @@ def _rows(name: str, known: NamedSet, data_dir: Path | None) -> list[str]:
     try:
         return [row[field] for row in load_dataset(hub, configuration, split=split)]
     except Exception as error:  # the hub client raises many kinds; all mean that the data cannot be had
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(f"--ppl {name} cannot be had from the hub ({reason}); give its folder with --data-dir.") from error
+        raise DataError(
+            f"--ppl {name} cannot be had from the hub ({reason(error)}); give its folder with --data-dir."
+        ) from error
 
 
 @torch.no_grad()
@@ -167,7 +178,7 @@ def perplexity(
         progress: called with windows done and their number.
 
     Raises:
-        DataError: the text has fewer than two tokens.
+        DataError: the text has fewer than two tokens, or the loss is not a finite number.
     """
     ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     pieces = [p for p in ids.split(window) if len(p) == window] or ([ids] if len(ids) > 1 else [])
@@ -182,8 +193,19 @@ def perplexity(
         if progress is not None:
             progress(index + 1, len(pieces))
     mean = nats / scored
+    if not math.isfinite(mean):
+        raise DataError(f"--ppl {name}: the model's loss is not a finite number; its weights or --dtype are at fault.")
     bits = nats / math.log(2) / size if size else None
-    return Perplexity(name, joined, window, window, len(pieces), scored, mean, math.exp(min(mean, 700)), bits)
+    fingerprint = sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+    return Perplexity(name, fingerprint, joined, window, window, len(pieces), scored, mean, _exp(mean), bits)
+
+
+def _exp(nats: float) -> float:
+    """Perplexity of a mean loss; infinite beyond what a number can be."""
+    try:
+        return math.exp(nats)
+    except OverflowError:
+        return math.inf
 
 
 def blocks_perplexity(logits: Logits, blocks: Tensor, name: str, progress: Progress | None = None) -> Perplexity:
@@ -197,4 +219,5 @@ def blocks_perplexity(logits: Logits, blocks: Tensor, name: str, progress: Progr
     scored = len(blocks) * (window - 1)
     mean = nats / scored
     joined = "documents joined by the end-of-text token"
-    return Perplexity(name, joined, window, window, len(blocks), scored, mean, math.exp(min(mean, 700)), None)
+    fingerprint = sha256(blocks.cpu().long().numpy().tobytes()).hexdigest()[:12]
+    return Perplexity(name, fingerprint, joined, window, window, len(blocks), scored, mean, _exp(mean), None)

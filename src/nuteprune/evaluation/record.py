@@ -4,13 +4,27 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
-from nuteprune.errors import ConfigError, DataError
+from nuteprune.errors import ConfigError, DataError, reason
 from nuteprune.files import save_json
 
 FOLDER, DENSE, PRUNED = "eval", "dense.json", "pruned.json"  # in a run folder
+
+
+# What every entry must have, and the types of it.
+_NUMBER = (int, float)
+_NEEDED: dict[str, dict[str, tuple[type, ...]]] = {
+    "perplexity": {"perplexity": (*_NUMBER, type(None)), "bits_per_byte": (*_NUMBER, type(None)), "protocol": (str,)},
+    "tasks": {
+        "metric": (str,), "value": _NUMBER, "stderr": (*_NUMBER, type(None)), "higher_is_better": (bool,),
+        "part_of": (str, type(None)), "protocol": (str,),
+    },
+    "speed": {"tokens_per_s": _NUMBER, "peak_memory_mb": _NUMBER, "protocol": (str,), "session": (str,)},
+}  # fmt: skip
+SAME_VERSIONS = ("torch", "transformers", "tokenizers")  # measurements by others of these are kept apart
 
 
 @dataclass
@@ -20,12 +34,13 @@ class Evaluation:
     Attributes:
         model: what the user called it.
         parameters: of the whole model.
-        weights: fingerprint of the weight files (names, sizes, times of change), to know them again.
+        weights: `Source.fingerprint` of the model.
         dtype, device: of the evaluation.
-        environment: versions and machine.
-        perplexity: text -> figures and protocol of `Perplexity`.
+        environment: versions and machine of the newest measurement.
+        perplexity: text -> figures and protocol of `Perplexity`; a perplexity beyond all numbers is null.
         tasks: task -> figures and protocol of `TaskScore`.
-        speed: generation: tokens a second, peak memory in bytes, protocol; empty if not measured.
+        speed: generation: tokens a second, peak memory in MB, protocol, and the session in which models took turns; empty
+            if not measured.
     """
 
     model: str
@@ -47,7 +62,8 @@ class Evaluation:
         found = [f"{self.model}: {self.parameters:,} parameters, {self.dtype} on {self.device}"]
         for name, entry in self.perplexity.items():
             bits = f", {entry['bits_per_byte']:.4f} bits a byte" if entry.get("bits_per_byte") is not None else ""
-            found.append(f"{name}: perplexity {entry['perplexity']:.4f}{bits} ({entry['protocol']})")
+            value = "inf" if entry["perplexity"] is None else f"{entry['perplexity']:.4f}"
+            found.append(f"{name}: perplexity {value}{bits} ({entry['protocol']})")
         for name, entry in self.tasks.items():
             error = f" ± {entry['stderr']:.4f}" if entry["stderr"] is not None else ""
             found.append(f"{name}: {entry['metric']} {entry['value']:.4f}{error} ({entry['protocol']})")
@@ -71,29 +87,52 @@ class Evaluation:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
             record = cls(**found)
-            sections = (record.perplexity, record.tasks)
-            if not all(isinstance(s, dict) and all(isinstance(e, dict) for e in s.values()) for s in sections):
-                raise TypeError("perplexity and tasks must hold one object an entry")
-            for entries, needed in ((record.perplexity, ("perplexity", "protocol")), (record.tasks, ("value", "protocol"))):
-                for entry in entries.values():
-                    if missing := [key for key in needed if key not in entry]:
-                        raise TypeError(f"an entry lacks {missing[0]}")
+            for section, needed in _NEEDED.items():
+                entries = getattr(record, section)
+                if section == "speed":
+                    entries = {"": entries} if entries else {}
+                for name, entry in entries.items():
+                    for key, kinds in needed.items():
+                        if key not in entry or not isinstance(entry[key], kinds):
+                            raise TypeError(f"{section} {name} has no {key} that can be read")
         except OSError as error:
             raise ConfigError(f"{path} cannot be read: {error.strerror or error}.") from error
-        except (ValueError, TypeError) as error:
-            raise DataError(f"{path} is not what nuteprune eval --json writes ({' '.join(str(error).split())}).") from error
+        except (ValueError, TypeError, AttributeError) as error:
+            raise DataError(f"{path} is not what nuteprune eval --json writes ({reason(error)}).") from error
         return record
 
-    def take(self, earlier: Evaluation) -> None:
-        """Takes over what an earlier record of the same model has and this one has not.
+    def take(self, earlier: Evaluation) -> bool:
+        """Takes over what an earlier record has and this one has not; whether it did.
 
-        Weights, precision or machine that differ make another record: then nothing is taken.
+        Only measurements of the same weights, in the same precision, on the same kind of device and by the same versions
+        of the libraries go together.
         """
-        same = ("model", "parameters", "weights", "dtype", "device", "environment")
-        if all(getattr(self, key) == getattr(earlier, key) for key in same):
-            self.perplexity = {**earlier.perplexity, **self.perplexity}
-            self.tasks = {**earlier.tasks, **self.tasks}
-            self.speed = self.speed or earlier.speed
+        if self._kind() != earlier._kind():
+            return False
+        self.perplexity = {**earlier.perplexity, **self.perplexity}
+        self.tasks = {**earlier.tasks, **self.tasks}
+        self.speed = self.speed or earlier.speed
+        return True
+
+    def _kind(self) -> tuple[Any, ...]:
+        versions = self.environment.get("packages", {})
+        return (self.weights, self.dtype, self.device.partition(":")[0], *(versions.get(name) for name in SAME_VERSIONS))
+
+
+def take_up(record: Evaluation, path: Path) -> str | None:
+    """Takes over an earlier record at a path, or sets it aside under another name if the two do not go together.
+
+    Returns:
+        What was set aside and where, for the user, or None.
+
+    Raises:
+        DataError: there is a file that is no record.
+    """
+    if not path.is_file() or record.take(Evaluation.load(path)):
+        return None
+    aside = next(p for n in count(1) if not (p := path.with_name(f"{path.stem}-{n}{path.suffix}")).exists())
+    path.rename(aside)
+    return f"{path} was measured of other weights, in another precision or by other versions; it is kept as {aside.name}"
 
 
 def run_folder(name: str) -> Path | None:

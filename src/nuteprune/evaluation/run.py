@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import suppress
+import gc
 from dataclasses import dataclass
-from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+from uuid import uuid4
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nuteprune.config import PruneConfig, read_yaml
 from nuteprune.environment import environment
-from nuteprune.errors import ConfigError, NutePruneError
+from nuteprune.errors import ConfigError
 from nuteprune.evaluation.perplexity import perplexity, read_set
-from nuteprune.evaluation.record import DENSE, FOLDER, PRUNED, Evaluation, run_folder
+from nuteprune.evaluation.record import DENSE, FOLDER, PRUNED, Evaluation, run_folder, take_up
 from nuteprune.evaluation.speed import PROTOCOL, generation_memory, generation_speed
+from nuteprune.files import check_output
 from nuteprune.models import DTYPES, Source, pick_device
 from nuteprune.progress import Reporter
 
@@ -32,16 +33,17 @@ class EvalOptions:
     Attributes:
         ppl: named sets or files for perplexity.
         data_dir: folder of the named sets; the hub without it.
-        window: tokens a window.
+        text_key: field that holds the text in jsonl and parquet files; `text` without it.
+        window: tokens a window; 1,024 without it.
         windows: windows a text; all without it.
         tasks: tasks of the lm-evaluation-harness, or `paper` for the paper's seven.
         task_data: folder of local rows; the hub without it.
         limit: rows a task; all without it.
         fewshot: worked examples in prompts; the tasks' own number without it.
-        batch_size: sequences a forward pass of the tasks.
+        batch_size: sequences a forward pass of the tasks; 8 without it.
         speed: measure speed and memory of generation.
         device, dtype: where and in which precision.
-        resume: leave out what the record already has under the same protocol.
+        resume: leave out tasks that the record already has under the same protocol.
 
     Raises:
         ConfigError: a value that is not allowed, or nothing to measure.
@@ -49,33 +51,42 @@ class EvalOptions:
 
     ppl: tuple[str, ...] = ()
     data_dir: Path | None = None
-    window: int = 1024
+    text_key: str | None = None
+    window: int | None = None
     windows: int | None = None
     tasks: tuple[str, ...] = ()
     task_data: Path | None = None
     limit: int | None = None
     fewshot: int | None = None
-    batch_size: int = 8
+    batch_size: int | None = None
     speed: bool = False
     device: str = "auto"
     dtype: str = "float32"
     resume: bool = False
 
     def __post_init__(self) -> None:
-        least = {"window": 2, "windows": 1, "limit": 1, "fewshot": 0, "batch_size": 1}
-        names = {"fewshot": "num-fewshot", "batch_size": "batch-size"}
-        for name, low in least.items():
-            value = getattr(self, name)
-            if value is not None and value < low:
-                raise ConfigError(f"--{names.get(name, name)} got {value}; allowed is a whole number of at least {low}.")
         if self.dtype not in DTYPES:
             raise ConfigError(f"--dtype got {self.dtype!r}; allowed are {', '.join(DTYPES)}.")
         if not (self.ppl or self.tasks or self.speed):
             raise ConfigError("nothing to measure; give --ppl, --tasks or --speed.")
-        if self.task_data is not None and not self.tasks:
-            raise ConfigError(
-                f"--task-data {self.task_data} was given without --tasks; name the tasks, or paper for all seven."
-            )
+        least = {"window": 2, "windows": 1, "limit": 1, "fewshot": 0, "batch_size": 1}
+        for owner, names in _BELONGS.items():
+            for name in names:
+                value, option = getattr(self, name), f"--{_FLAGS.get(name, name).replace('_', '-')}"
+                if value not in (None, False) and not getattr(self, owner):
+                    raise ConfigError(
+                        f"{option} {value} was given without --{owner}, which it is for; leave it out or add --{owner}."
+                    )
+                if value is not None and name in least and value < least[name]:
+                    raise ConfigError(f"{option} got {value}; allowed is a whole number of at least {least[name]}.")
+
+
+_BELONGS = {
+    "ppl": ("data_dir", "text_key", "window", "windows"),
+    "tasks": ("task_data", "limit", "fewshot", "batch_size", "resume"),
+}
+_FLAGS = {"fewshot": "num-fewshot"}
+WINDOW, BATCH_SIZE, TEXT_KEY = 1024, 8, "text"
 
 
 def evaluate(
@@ -102,55 +113,73 @@ def evaluate(
     reporter = reporter or Reporter()
     run = run_folder(model)
     if dense and run is None:
-        raise ConfigError(
-            f"--dense: {model} is no run folder, so the model it was pruned from is not known; evaluate that by name."
-        )
+        raise ConfigError(f"--dense: {model} is no run folder, so its dense model is not known; evaluate that by its own name.")
+    if options.resume and run is None and json_file is None:
+        raise ConfigError(f"--resume: no record of {model} is kept; give --json FILE, the record to go on with.")
+    check_output("--json", json_file)
     device = pick_device(options.device)
-    texts = [read_set(name, options.data_dir) for name in dict.fromkeys(options.ppl)]
-    if len({title for title, _, _ in texts}) < len(texts):
-        raise ConfigError(f"--ppl got two files of one name ({', '.join(options.ppl)}); rename one of them.")
-    tasks = _tasks(options)
-
     names = [model] if run is None else [str(run)]
     if dense and run is not None:
         names.insert(0, PruneConfig.create(**read_yaml(run / "config.yaml")).model)
     subjects = []
     for name in names:
-        source = Source.find(name)
-        tokenizer = source.tokenizer(source.config().vocab_size)
         paths = [] if run is None else [run / FOLDER / (PRUNED if name == names[-1] else DENSE)]
         if json_file is not None and name == names[-1]:
             paths.append(json_file)
-        subjects.append(_Subject(source, tokenizer, paths))
+        subjects.append(_Subject.find(name, paths, options))
+    texts = [read_set(name, options.data_dir, options.text_key or TEXT_KEY) for name in dict.fromkeys(options.ppl)]
+    if len({title for title, _, _ in texts}) < len(texts):
+        raise ConfigError(f"--ppl got two files of one name ({', '.join(options.ppl)}); rename one of them.")
+    tasks = _tasks(options, reporter)
 
     records = []
+    session = uuid4().hex
     for subject in subjects:
         loaded = subject.source.model(device, DTYPES[options.dtype])
         record = Evaluation(
             model=subject.source.name,
             parameters=sum(p.numel() for p in loaded.parameters()),
-            weights=_fingerprint(subject.source),
+            weights=subject.source.fingerprint(),
             dtype=options.dtype,
             device=str(device),
             environment=environment(device),
         )
         for path in subject.paths:
-            with suppress(NutePruneError):  # no earlier record, or none that can be read
-                record.take(Evaluation.load(path))
+            if aside := take_up(record, path):
+                reporter.say(aside)
         records.append(record)
-        keep = _keeper(record, subject.paths)
-        _measure(loaded, subject, record, options, texts, tasks, reporter, keep)
+        _measure(loaded, subject, record, options, texts, tasks, reporter)
         del loaded
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
     if options.speed:
-        _speed(subjects, records, options, str(device), reporter)
+        _speed(subjects, records, options, str(device), session, reporter)
     return records
 
 
 @dataclass(frozen=True)
 class _Subject:
+    """A model to measure, and the files that keep its record."""
+
     source: Source
     tokenizer: PreTrainedTokenizerBase
     paths: list[Path]
+
+    @classmethod
+    def find(cls, name: str, paths: list[Path], options: EvalOptions) -> _Subject:
+        """Resolves a name; no weights are read."""
+        source = Source.find(name)
+        config = source.config()
+        longest = getattr(config, "max_position_embeddings", None)
+        if options.ppl and longest is not None and (options.window or WINDOW) > longest:
+            raise ConfigError(f"--window got {options.window or WINDOW}; {name} reads at most {longest} tokens.")
+        return cls(source, source.tokenizer(config.vocab_size), paths)
+
+    def keep(self, record: Evaluation) -> None:
+        """Writes the record to every file."""
+        for path in self.paths:
+            record.save(path)
 
 
 def _measure(
@@ -161,61 +190,54 @@ def _measure(
     texts: list[tuple[str, str, str]],
     tasks: list[LoadedTask],
     reporter: Reporter,
-    keep: Callable[[], None],
 ) -> None:
     """Perplexities and tasks of one model."""
     for title, text, joined in texts:
         with reporter.counter(f"{subject.source.name}: perplexity on {title}") as progress:
             found = perplexity(
                 model, subject.tokenizer, text,
-                name=title, joined=joined, window=options.window, windows=options.windows, progress=progress,
+                name=title, joined=joined, window=options.window or WINDOW, windows=options.windows, progress=progress,
             )  # fmt: skip
         record.perplexity[title] = {**found.to_dict(), "protocol": found.protocol}
-        keep()
+        subject.keep(record)
     if not tasks:
         return
     from nuteprune.evaluation.harness import Harness
 
-    harness = Harness(model, subject.tokenizer, options.batch_size)
+    batch_size = options.batch_size or BATCH_SIZE
+    harness = Harness(model, subject.tokenizer, batch_size, reporter.warn)
     for task in tasks:
         before = record.tasks.get(task.name) if options.resume and task.single else None
-        if before is not None and before["protocol"] == task.protocol(task.name, options.limit, options.batch_size):
-            reporter.say(f"{subject.source.name}: {task.name} is kept from {subject.paths[0]}")
+        if before is not None and before["protocol"] == task.protocol(task.name, options.limit, batch_size):
+            reporter.say(f"{subject.source.name}: {task.name} is kept as it was measured before")
             continue
         with reporter.counter(f"{subject.source.name}: {task.name}") as progress:
             scores = harness.score(task, options.limit, progress)
         record.tasks.update({score.task: score.to_dict() for score in scores})
-        keep()
+        subject.keep(record)
 
 
-def _speed(subjects: list[_Subject], records: list[Evaluation], options: EvalOptions, device: str, reporter: Reporter) -> None:
+def _speed(
+    subjects: list[_Subject], records: list[Evaluation], options: EvalOptions, device: str, session: str, reporter: Reporter
+) -> None:
     """Speed of all models, taking turns, and the memory of each in a process of its own."""
-    names = [subject.source.name for subject in subjects]
+    memory = []
     with reporter.counter("memory of generation") as progress:
-        memory = []
         for done, subject in enumerate(subjects, 1):
             memory.append(generation_memory(subject.source, device, options.dtype))
             progress(done, len(subjects))
     reporter.say("speed of generation")
-    models = {s.source.name: s.source.model(pick_device(device), DTYPES[options.dtype]) for s in subjects}
+    where, dtype = pick_device(device), DTYPES[options.dtype]
+    models = {str(number): subject.source.model(where, dtype) for number, subject in enumerate(subjects)}
     speed = generation_speed(models, subjects[-1].tokenizer)
-    protocol = PROTOCOL + ("; dense and pruned model in turns" if len(names) > 1 else "")
-    for name, subject, record, peak in zip(names, subjects, records, memory, strict=True):
-        record.speed = {"tokens_per_s": speed[name], "peak_memory_mb": peak / 1e6, "protocol": protocol}
-        _keeper(record, subject.paths)()
+    turns = "; dense and pruned model in turns" if len(subjects) > 1 else ""
+    for subject, record, (peak, how), rate in zip(subjects, records, memory, speed.values(), strict=True):
+        protocol = f"{PROTOCOL}{turns}; {how}"
+        record.speed = {"tokens_per_s": rate, "peak_memory_mb": peak / 1e6, "protocol": protocol, "session": session}
+        subject.keep(record)
 
 
-def _keeper(record: Evaluation, paths: list[Path]) -> Callable[[], None]:
-    """A function that writes the record to every path."""
-
-    def keep() -> None:
-        for path in paths:
-            record.save(path)
-
-    return keep
-
-
-def _tasks(options: EvalOptions) -> list[LoadedTask]:
+def _tasks(options: EvalOptions, reporter: Reporter) -> list[LoadedTask]:
     """The tasks with their rows.
 
     Raises:
@@ -227,14 +249,5 @@ def _tasks(options: EvalOptions) -> list[LoadedTask]:
         raise ConfigError("--tasks needs the lm-evaluation-harness; run: pip install 'nuteprune[eval]'")
     from nuteprune.evaluation.harness import load_tasks
 
+    reporter.say("reading tasks and their rows")
     return load_tasks(options.tasks, options.task_data, options.fewshot, options.limit)
-
-
-def _fingerprint(source: Source) -> str:
-    """Names, sizes and times of change of the weight files; empty for models of the hub."""
-    folder = Path(source.where)
-    if not folder.is_dir():
-        return ""
-    files = [folder / source.gguf_file] if source.gguf_file else sorted(folder.glob("*.safetensors"))
-    stamps: list[Any] = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return sha256(repr(stamps).encode()).hexdigest()[:16]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from contextlib import suppress
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -15,10 +14,8 @@ from nuteprune.measuring import in_fresh_process, peak_memory
 from nuteprune.models import DTYPES, Source
 
 NEW_TOKENS, ROUNDS = 64, 5
-PROTOCOL = (
-    f"greedy, batch 1, with cache, {NEW_TOKENS} new tokens; tokens/s: median of {ROUNDS} rounds"
-    "; memory: peak of a fresh process while it generates, loading not counted"
-)
+PROTOCOL = f"greedy, batch 1, with cache, {NEW_TOKENS} new tokens; tokens/s: median of {ROUNDS} rounds"
+ADVICE = "take a --device with more memory, or --dtype bfloat16"
 
 
 @torch.no_grad()
@@ -39,24 +36,31 @@ def generation_speed(
     return {name: new_tokens / median(values) for name, values in times.items()}
 
 
-def generation_memory(source: Source, device: str, dtype: str) -> int:
-    """Peak memory in bytes of a fresh process while it generates: resident on a CPU, allocated on a GPU."""
-    peak, _ = in_fresh_process(_alone, source, device, dtype)
-    return peak
+def generation_memory(source: Source, device: str, dtype: str) -> tuple[int, str]:
+    """Peak memory of a fresh process while it generates, and how it was measured.
+
+    Returns:
+        Bytes (resident on a CPU, allocated on a GPU), and whether loading is in them, in words.
+    """
+    (peak, loading), _ = in_fresh_process(_alone, source, device, dtype, advice=ADVICE)
+    return peak, f"memory: peak of a fresh process while it generates, loading {'counted too' if loading else 'not counted'}"
 
 
 @torch.no_grad()
-def _alone(source: Source, device: str, dtype: str) -> int:
+def _alone(source: Source, device: str, dtype: str) -> tuple[int, bool]:
     model = source.model(torch.device(device), DTYPES[dtype])
     tokenizer = source.tokenizer(model.config.vocab_size)
-    gpu = model.device.type == "cuda"
-    if gpu:
+    if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)
-    else:
-        with suppress(OSError):  # forgets the peak of loading; where that cannot be done it counts
-            Path("/proc/self/clear_refs").write_text("5")
+        _generate(model, tokenizer, NEW_TOKENS)
+        return torch.cuda.max_memory_allocated(model.device), False
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # forgets the peak of loading
+        loading = False
+    except OSError:
+        loading = True
     _generate(model, tokenizer, NEW_TOKENS)
-    return int(torch.cuda.max_memory_allocated(model.device)) if gpu else peak_memory()
+    return peak_memory(), loading
 
 
 def _generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, new_tokens: int) -> None:

@@ -24,12 +24,14 @@ def model_card(facts: RunFacts) -> str:
     f, masks = facts.figures, facts.masks
     assert f is not None
     assert masks is not None
-    base = facts.config.model
     head: dict[str, Any] = {"library_name": "transformers", "tags": ["nuteprune", "pruned", "structured-pruning"]}
-    if "/" in base and not base.startswith(("/", ".")):
-        head |= {"base_model": base}
-    table = "\n".join(f"| {line.name} | {line.dense} | {line.pruned} | {line.change} |" for line in facts.lines())
-    notes = "\n".join(f"- {line.name}: {line.note}" for line in facts.lines() if line.note)
+    if facts.hub_id is not None:
+        head |= {"base_model": facts.hub_id}
+    cells = ([line.name.replace("|", "\\|"), line.dense, line.pruned, line.change] for line in facts.lines())
+    table = "\n".join(f"| {' | '.join(row)} |" for row in cells)
+    notes = "\n".join(
+        [f"- {line.name}: {line.note}" for line in facts.lines() if line.note] + [f"- {x}" for x in facts.left_out]
+    )
     rows = "\n".join(f"| {layer} | {heads} | {channels} |" for layer, heads, channels in facts.left())
     exact = f"; {f.exact.largest:.2e} in float64" if f.exact is not None else ""
     return f"""---

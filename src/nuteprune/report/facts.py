@@ -8,16 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from safetensors.torch import load_file
 
-from nuteprune.checkpoint import TENSORS, checkpoints, within
+from nuteprune.checkpoint import TENSORS, checkpoints
 from nuteprune.config import PruneConfig, read_yaml
 from nuteprune.errors import ConfigError, DataError
-from nuteprune.evaluation.compare import Comparison, compare
+from nuteprune.evaluation.compare import Comparison, compare, number
 from nuteprune.evaluation.perplexity import Perplexity
 from nuteprune.evaluation.record import DENSE, FOLDER, PRUNED, Evaluation
 from nuteprune.export.hf import Equality
-from nuteprune.masks import Masks
+from nuteprune.masks import KINDS, Masks
+from nuteprune.models import Source
 from nuteprune.progress import read_metrics
 
 CONFIG, ENVIRONMENT, METRICS, MASKS, RESULT, MODEL = (
@@ -96,8 +98,8 @@ class Figures:
             dtype=found["dtype"],
             equality=Equality(found["largest_logit_difference"], *compared),
             exact=None if exact is None else Equality(exact, *compared),
-            dense=None if before is None else Perplexity(**before),
-            pruned=None if after is None else Perplexity(**after),
+            dense=None if before is None else Perplexity.from_dict(before),
+            pruned=None if after is None else Perplexity.from_dict(after),
             tokens=found["training_tokens"],
             seconds=found["training_seconds"],
         )
@@ -133,7 +135,8 @@ class RunFacts:
         figures: what was measured when it ended; None before.
         masks: what is left: the final masks, or the newest teacher's; None before there is one.
         masks_of: what the masks belong to.
-        evaluations: records of `nuteprune eval RUN`: the dense model's and the pruned one's, each or None.
+        comparison: what `nuteprune eval RUN --dense` measured of the dense and the pruned model; None without it.
+        left_out: measurements that are not shown, and why.
     """
 
     run: Path
@@ -143,16 +146,12 @@ class RunFacts:
     figures: Figures | None
     masks: Masks | None
     masks_of: str
-    evaluations: tuple[Evaluation | None, Evaluation | None]
+    comparison: Comparison | None
+    left_out: tuple[str, ...]
 
     @classmethod
-    def read(cls, run: Path, figures: Figures | None = None, masks: Masks | None = None) -> RunFacts:
+    def read(cls, run: Path) -> RunFacts:
         """Reads a run folder.
-
-        Args:
-            run: the folder.
-            figures: the figures of a run that ends just now, in place of its result.json.
-            masks: its masks.
 
         Raises:
             ConfigError: it is no run folder.
@@ -161,18 +160,17 @@ class RunFacts:
         if not (run / CONFIG).is_file():
             raise ConfigError(f"run {run} has no {CONFIG}; give the folder that nuteprune prune --out wrote.")
         config = PruneConfig.create(**read_yaml(run / CONFIG))
-        if figures is None and (run / RESULT).is_file():
+        figures = None
+        if (run / RESULT).is_file() and (run / MODEL).is_dir():
             try:
                 figures = Figures.from_dict(_json(run / RESULT))
             except (KeyError, TypeError) as error:
                 raise DataError(f"{run / RESULT} lacks {error}; it is not what this version of nuteprune writes.") from error
-        masks_of = "the pruned model"
-        if masks is None:
-            masks, masks_of = _masks(run)
-        dense, pruned = (Evaluation.load(path) if (path := run / FOLDER / name).is_file() else None for name in (DENSE, PRUNED))
         steps = read_metrics(run / METRICS) if (run / METRICS).is_file() else []
         environment = _json(run / ENVIRONMENT) if (run / ENVIRONMENT).is_file() else {}
-        return cls(run, config, environment, steps, figures, masks, masks_of, (dense, pruned))
+        masks, masks_of = _masks(run, complete=figures is not None)
+        comparison, left_out = _compared(run) if figures is not None else (None, ())
+        return cls(run, config, environment, steps, figures, masks, masks_of, comparison, left_out)
 
     @property
     def complete(self) -> bool:
@@ -182,7 +180,12 @@ class RunFacts:
     @property
     def base(self) -> str:
         """The dense model's name without folders of this machine."""
-        return self.config.model.rstrip("/").rpartition("/")[2]
+        return _last(self.config.model)
+
+    @property
+    def hub_id(self) -> str | None:
+        """The dense model's id on the hub; None for a model from files."""
+        return self.config.model if self.environment.get("model_from") == "hub" else None
 
     @property
     def title(self) -> str:
@@ -229,36 +232,27 @@ class RunFacts:
             return []
         bytes_each = {"float32": 4, "bfloat16": 2, "float16": 2}[f.dtype]
         before = f.total_before * bytes_each
+        smaller = f.file_bytes / before - 1
         lines = [
             Line("block parameters", f"{f.blocks_before:,}", f"{f.blocks_after:,}", f"-{100 * f.block_sparsity:.2f} %"),
             Line("all parameters", f"{f.total_before:,}", f"{f.total_after:,}", f"-{100 * f.total_sparsity:.2f} %"),
             Line(
                 f"weights, {f.dtype}", f"{before / 1e6:.1f} MB", f"{f.file_bytes / 1e6:.1f} MB",
-                f"-{100 * (1 - f.file_bytes / before):.2f} %", "dense: parameters times bytes; pruned: the files",
+                f"{100 * smaller:+.2f} %", "dense: parameters times bytes; pruned: the files",
             ),
         ]  # fmt: skip
         if f.dense is not None and f.pruned is not None:
             ratio = f.pruned.perplexity / f.dense.perplexity
             name = f"perplexity, {f.pruned.text}"
             lines.append(
-                Line(name, f"{f.dense.perplexity:.2f}", f"{f.pruned.perplexity:.2f}", f"x {ratio:.3f}", f.pruned.protocol)
+                Line(name, number(f.dense.perplexity), number(f.pruned.perplexity), f"x {number(ratio)}", f.pruned.protocol)
             )
-        comparison = self.comparison()
-        if comparison is not None:
-            _, body = comparison.table()
-            for row, (name, dense, pruned, change) in list(zip(comparison.rows, body, strict=True))[1:]:
-                lines.append(Line(name, dense, pruned, change, row.protocol))
+        if self.comparison is not None:
+            _, body = self.comparison.table()
+            for row, (name, dense, pruned, change) in list(zip(self.comparison.rows, body, strict=True))[1:]:
+                kept = f"{change} kept" if row.kind == "share" else change
+                lines.append(Line(name, dense, pruned, kept, row.protocol))
         return lines
-
-    def comparison(self) -> Comparison | None:
-        """The evaluations of the dense and the pruned model side by side; None unless both were measured alike."""
-        dense, pruned = self.evaluations
-        if dense is None or pruned is None:
-            return None
-        try:
-            return compare([dense, pruned])
-        except ConfigError:  # nothing in common
-            return None
 
     def left(self) -> list[tuple[int, int, int]]:
         """Layer (from 0), KV groups and intermediate channels that are left."""
@@ -270,8 +264,35 @@ class RunFacts:
     def recipe(self) -> dict[str, Any]:
         """The options without folders of this machine."""
         options = {k: v for k, v in self.config.to_dict().items() if k not in ("model", "out")}
-        options["data"] = [Path(d).name if Path(d).is_absolute() or Path(d).exists() else d for d in self.config.data]
-        return {"model": self.base, **options}
+        files = self.environment.get("data_files", list(self.config.data))
+        options["data"] = [_last(d) if d in files else d for d in self.config.data]
+        return {"model": self.hub_id or self.base, **options}
+
+
+def origin(model: Source, data: tuple[str, ...]) -> dict[str, Any]:
+    """For env.json: whether a model came from the hub, and which data from files; later the files may be gone."""
+    return {"model_from": "files" if model.local else "hub", "data_files": [d for d in data if Path(d).is_file()]}
+
+
+def _last(path: str) -> str:
+    """The name without its folders."""
+    return path.rstrip("/").rpartition("/")[2]
+
+
+def _compared(run: Path) -> tuple[Comparison | None, tuple[str, ...]]:
+    """The evaluations of the dense and the pruned model side by side, if both belong to this run."""
+    records = []
+    for name in (DENSE, PRUNED):
+        if not (run / FOLDER / name).is_file():
+            return None, ()
+        records.append(Evaluation.load(run / FOLDER / name))
+    if records[1].weights != Source.find(str(run)).fingerprint():
+        return None, (f"{FOLDER}/{PRUNED} is left out: it was measured of other weights.",)
+    try:
+        found = compare(records)
+    except ConfigError as error:  # nothing in common
+        return None, (str(error),)
+    return found, found.left_out
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -284,14 +305,26 @@ def _json(path: Path) -> dict[str, Any]:
     return found
 
 
-def _masks(run: Path) -> tuple[Masks | None, str]:
-    """The final masks, those that recovery trains under, or the newest teacher's."""
+def _masks(run: Path, complete: bool) -> tuple[Masks | None, str]:
+    """The final masks, those that recovery trains under, or while a run trains its newest teacher's."""
     if (run / MASKS).is_file():
         return Masks.from_tensors(load_file(run / MASKS)), "the pruned model"
     for path in reversed(checkpoints(run / "checkpoints")):
-        if masks := within(load_file(path / TENSORS), "masks"):
-            return Masks.from_tensors(masks), "the masks of recovery"
-    records = sorted((run / "teachers").glob("record-*.safetensors"))
-    if not records:
-        return None, ""
-    return Masks.from_tensors(within(load_file(records[-1]), "masks")), f"teacher {records[-1].stem}"
+        if (masks := _masks_in(path / TENSORS)) is not None:
+            return masks, "the masks of recovery"
+    for path in sorted((run / "teachers").glob("record-*.safetensors"), reverse=True) if not complete else ():
+        if (masks := _masks_in(path)) is not None:
+            return masks, f"teacher {path.stem}"
+    return None, ""
+
+
+def _masks_in(path: Path) -> Masks | None:
+    """The masks in a file of more; None if it has none, or was removed by the run meanwhile."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = set(file.keys())
+            if not {f"masks.{kind}" for kind in KINDS} <= names:
+                return None
+            return Masks.from_tensors({kind: file.get_tensor(f"masks.{kind}") for kind in KINDS})
+    except FileNotFoundError:
+        return None

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import time
 from base64 import b64encode
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import yaml
+from rich.console import Console
 
 from nuteprune import __version__
 from nuteprune.config import PruneConfig, flag
+from nuteprune.evaluation.compare import number, shown, shown_ratio
 from nuteprune.files import save_text
 from nuteprune.progress import Reporter, duration
 from nuteprune.report.card import LOAD, model_card
@@ -21,13 +24,12 @@ from nuteprune.report.pictures import DARK, LIGHT, NARROW, WIDE, pictures
 FOLDER, PAGE = "report", "index.html"
 
 
-def write_report(run: Path, reporter: Reporter | None = None, refresh: int | None = None) -> Path:
+def write_report(run: Path, reporter: Reporter | None = None) -> Path:
     """Writes RUN/report/index.html and the pictures beside it, and renews the model card of a finished run.
 
     Args:
         run: run folder, finished or not.
         reporter: shows progress.
-        refresh: seconds after which a browser reads the page of an unfinished run again.
 
     Returns:
         The page.
@@ -35,10 +37,33 @@ def write_report(run: Path, reporter: Reporter | None = None, refresh: int | Non
     Raises:
         ConfigError, DataError: it is no run folder, or a file of it is broken.
     """
-    facts = RunFacts.read(run)
-    shown: list[dict[str, Any]] = []
+    return _write(RunFacts.read(run), reporter or Reporter(), None)
+
+
+def watch_report(run: Path, reporter: Reporter, every: int, going: Callable[[], bool] = lambda: True) -> Path:
+    """Writes the report again and again until the run is complete; the page reads itself anew.
+
+    Args:
+        run: run folder.
+        reporter: shows progress.
+        every: seconds between two pages.
+        going: asked after each page whether to go on.
+    """
+    while True:
+        facts = RunFacts.read(run)
+        page = _write(facts, Reporter(Console(quiet=True)), every)
+        step = facts.steps[-1]["step"] + 1 if facts.steps else 0
+        reporter.say(f"{page}: step {step} of {facts.config.total_steps}")
+        if facts.complete or not going():
+            return page
+        time.sleep(every)
+
+
+def _write(facts: RunFacts, reporter: Reporter, refresh: int | None) -> Path:
+    run = facts.run
+    drawn: list[dict[str, Any]] = []
     found = pictures(facts)
-    with (reporter or Reporter()).counter("drawing") as progress:
+    with reporter.counter("drawing") as progress:
         for done, picture in enumerate(found, 1):
             picture.save_png(facts, run / FOLDER / f"{picture.name}.png")
             variants = {
@@ -46,47 +71,23 @@ def write_report(run: Path, reporter: Reporter | None = None, refresh: int | Non
                 for theme_name, theme in (("light", LIGHT), ("dark", DARK))
                 for width_name, width in (("wide", WIDE), ("narrow", NARROW))
             }
-            shown.append({"name": picture.name, "title": picture.title, "text": picture.text, **variants})
+            drawn.append({"name": picture.name, "title": picture.title, "text": picture.text, **variants})
             progress(done, len(found))
     template = jinja2.Environment(
         loader=jinja2.PackageLoader("nuteprune.report"), autoescape=True, undefined=jinja2.StrictUndefined
     ).get_template("page.html.j2")
     page = run / FOLDER / PAGE
-    save_text(page, template.render(_values(facts, shown, None if facts.complete else refresh)))
-    if facts.complete and facts.masks is not None and (run / MODEL).is_dir():
+    save_text(page, template.render(_values(facts, drawn, None if facts.complete else refresh)))
+    if facts.complete and facts.masks is not None:
         save_text(run / MODEL / "README.md", model_card(facts))
     return page
-
-
-def watch_report(run: Path, reporter: Reporter, every: int) -> Path:
-    """Writes the report again and again until the run is complete.
-
-    Args:
-        run: run folder.
-        reporter: shows progress.
-        every: seconds between two pages.
-    """
-    while True:
-        page = write_report(run, Reporter(_silent()), refresh=every)
-        facts = RunFacts.read(run)
-        step = facts.steps[-1]["step"] + 1 if facts.steps else 0
-        reporter.say(f"{page}: step {step} of {facts.config.total_steps}")
-        if facts.complete:
-            return write_report(run, Reporter(_silent()))
-        time.sleep(every)
-
-
-def _silent() -> Any:
-    from rich.console import Console
-
-    return Console(quiet=True)
 
 
 def _data(svg: bytes) -> str:
     return "data:image/svg+xml;base64," + b64encode(svg).decode()
 
 
-def _values(facts: RunFacts, shown: list[dict[str, Any]], refresh: int | None) -> dict[str, Any]:
+def _values(facts: RunFacts, drawn: list[dict[str, Any]], refresh: int | None) -> dict[str, Any]:
     """What the template reads."""
     defaults = PruneConfig().to_dict()
     recipe = facts.recipe()
@@ -96,8 +97,7 @@ def _values(facts: RunFacts, shown: list[dict[str, Any]], refresh: int | None) -
         "facts": facts,
         "tiles": _tiles(facts),
         "lines": facts.lines(),
-        "pictures": shown,
-        "phases": facts.phases(),
+        "pictures": drawn,
         "teaching": facts.teaching(),
         "left": facts.left(),
         "hidden": facts.masks.counts()[2] if facts.masks is not None else None,
@@ -125,18 +125,17 @@ def _tiles(facts: RunFacts) -> list[tuple[str, str, str]]:
         tiles.append(("expected sparsity", sparsity, f"target now {100 * last['target_sparsity']:.2f} %"))
         if last["kl"] is not None:
             tiles.append(("KL to the teacher", f"{last['kl']:.3f}", f"nats a token; teacher {last['teacher']}"))
-    comparison = facts.comparison()
-    for row in comparison.rows if comparison is not None else ():
+    for row in facts.comparison.rows if facts.comparison is not None else ():
         ratio = row.ratio(1)
         if ratio is None:
             continue
         if row.name.startswith("average"):
             tiles.append(("quality retained", f"{100 * ratio:.2f} %", row.name))
         elif row.name.startswith("perplexity") or "/s" in row.name:
-            tiles.append((row.name, f"x {ratio:.3f}", f"{row.values[0]:.2f} to {row.values[1]:.2f}"))
+            tiles.append((row.name, shown_ratio(row, 1), f"{shown(row, 0)} to {shown(row, 1)}"))
     if f is not None and not any(name.startswith("perplexity") for name, _, _ in tiles) and f.dense and f.pruned:
         before, after = f.dense.perplexity, f.pruned.perplexity
-        tiles.append(("perplexity, held-out text", f"x {after / before:.3f}", f"{before:.2f} to {after:.2f}"))
+        tiles.append(("perplexity, held-out text", f"x {number(after / before)}", f"{number(before)} to {number(after)}"))
     if f is not None:
         tiles.append(("training", f"{f.tokens:,} tokens", f"{duration(f.seconds)} of steps"))
     return tiles

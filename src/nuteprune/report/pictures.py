@@ -21,6 +21,7 @@ from nuteprune.files import atomic_file
 from nuteprune.report.facts import RunFacts
 
 POINTS = 800  # most points of a curve; longer runs are averaged over stretches of steps
+LOSSES = (("kl", "KL to the teacher"), ("lm_loss", "language model"), ("hidden_loss", "hidden states"))
 SMOOTH = 25  # a bold curve is a running mean over 1/25 of the steps
 
 
@@ -84,29 +85,21 @@ def pictures(facts: RunFacts) -> list[Picture]:
     """The pictures for which a run has facts."""
     found = []
     if facts.steps:
-        found += [
-            Picture(
-                "sparsity", "Sparsity",
-                "Target and expected share of the block parameters removed at each step; phases are shaded.", _sparsity,
-            ),
-            Picture(
-                "losses", "Losses",
-                "KL and language-model loss in nats a token, and the hidden-state term if there is one.", _losses,
-            ),
-        ]  # fmt: skip
-        if any(step["teacher"] != "none" for step in facts.steps):
-            text = (
-                "Which teacher served at each step, by the sparsity of its record (0 is the intact model), and the student's."
-            )
-            found.append(Picture("teachers", "Teachers", text, _teachers))
+        text = "Target and expected share of the block parameters removed at each step; phases are shaded."
+        found.append(Picture("sparsity", "Sparsity", text, _sparsity))
+    if any(step.get(key) for step in facts.steps for key, _ in LOSSES):
+        text = "KL and language-model loss in nats a token, and the hidden-state term if there is one."
+        found.append(Picture("losses", "Losses", text, _losses))
+    if any(step["teacher"] != "none" for step in facts.steps):
+        text = "Which teacher served at each step, by the sparsity of its record (0 is the intact model), and the student's."
+        found.append(Picture("teachers", "Teachers", text, _teachers))
     if facts.masks is not None:
         text = (
             f"What is left in {facts.masks_of}: KV groups and intermediate channels of each layer, and hidden channels. "
             "Full colour is kept whole, a paler one is scaled down, none is removed."
         )
         found.append(Picture("left", "What is left", text, _left))
-    comparison = facts.comparison()
-    if comparison is not None and any(row.kind == "share" for row in comparison.rows):
+    if facts.comparison is not None and any(row.kind == "share" for row in facts.comparison.rows):
         text = "Retained quality: each task's result of the pruned model in per cent of the dense model's."
         found.append(Picture("retained", "Retained quality", text, _retained))
     return found
@@ -131,8 +124,7 @@ def _sparsity(facts: RunFacts, theme: Theme, width: float) -> Figure:
 def _losses(facts: RunFacts, theme: Theme, width: float) -> Figure:
     figure, axes = _figure(theme, width, 3.4)
     _phases(axes, facts, theme)
-    names = (("kl", "KL to the teacher"), ("lm_loss", "language model"), ("hidden_loss", "hidden states"))
-    for (key, label), colour in zip(names, theme.series, strict=True):
+    for (key, label), colour in zip(LOSSES, theme.series, strict=True):
         pairs = [(float(s["step"]), float(s[key])) for s in facts.steps if s.get(key) is not None and s[key] > 0]
         if not pairs:
             continue
@@ -258,9 +250,8 @@ def _contrast(theme: Theme) -> str:
 
 
 def _retained(facts: RunFacts, theme: Theme, width: float) -> Figure:
-    comparison = facts.comparison()
-    assert comparison is not None
-    rows = [row for row in comparison.rows if row.kind == "share"]
+    assert facts.comparison is not None
+    rows = [row for row in facts.comparison.rows if row.kind == "share"]
     figure, axes = _figure(theme, width, 1.1 + 0.34 * len(rows))
     ratios = [100 * (row.ratio(1) or 0.0) for row in rows]
     colours = [theme.series[1] if row.name.startswith("average") else theme.series[0] for row in rows]
