@@ -342,6 +342,10 @@ def test_options_are_checked(model_folder: Path, monkeypatch: pytest.MonkeyPatch
         evaluate(model, EvalOptions(ppl=("pydoc",), window=200))
     with pytest.raises(ConfigError, match=r"--json .* is a folder; give a file name"):
         evaluate(model, EvalOptions(ppl=("pydoc",), window=100), json_file=tmp_path)
+    (tmp_path / "mine.json").write_text('{"not": "a record"}')
+    with pytest.raises(DataError, match=r"mine\.json is not what nuteprune eval --json writes"):
+        evaluate(model, EvalOptions(ppl=("pydoc",), window=100), json_file=tmp_path / "mine.json")
+    assert json.loads((tmp_path / "mine.json").read_text()) == {"not": "a record"}
     monkeypatch.setattr(evaluation_run, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'nuteprune\[eval\]'"):
         evaluate(model, EvalOptions(tasks=("piqa",)))

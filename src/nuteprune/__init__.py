@@ -16,14 +16,21 @@ if TYPE_CHECKING:
     from nuteprune.config import PruneConfig
     from nuteprune.errors import NutePruneError
     from nuteprune.estimation.estimate import Estimate, estimate
+    from nuteprune.evaluation.record import Evaluation
+    from nuteprune.evaluation.run import EvalOptions, evaluate
     from nuteprune.job import PruneResult, prune, resume
     from nuteprune.models import load
+    from nuteprune.report.page import write_report
 
 _HOME = {
     "PruneConfig": "nuteprune.config",
     "NutePruneError": "nuteprune.errors",
     "Estimate": "nuteprune.estimation.estimate",
     "estimate": "nuteprune.estimation.estimate",
+    "EvalOptions": "nuteprune.evaluation.run",
+    "Evaluation": "nuteprune.evaluation.record",
+    "evaluate": "nuteprune.evaluation.run",
+    "write_report": "nuteprune.report.page",
     "PruneResult": "nuteprune.job",
     "prune": "nuteprune.job",
     "resume": "nuteprune.job",
@@ -32,14 +39,18 @@ _HOME = {
 
 __all__ = [
     "Estimate",
+    "EvalOptions",
+    "Evaluation",
     "NutePruneError",
     "PruneConfig",
     "PruneResult",
     "__version__",
     "estimate",
+    "evaluate",
     "load",
     "prune",
     "resume",
+    "write_report",
 ]
 
 

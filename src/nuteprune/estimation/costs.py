@@ -29,7 +29,7 @@ from nuteprune.masks import Masks, unit_shapes
 
 LOGIT_BYTES = 14  # live at once for a value of a chunk of logits: student, teacher and a softmax in float32, one in half
 LOGIT_TRAFFIC = 90  # bytes read and written for a value of the logits in `losses`
-SCORED = 256  # rows of logits in float32, with their softmax, in `evaluate`
+SCORED = 256  # rows of logits in float32, with their softmax, in `evaluation.perplexity`
 ADAM = 8  # bytes of moments a trainable value
 
 

@@ -108,7 +108,7 @@ def evaluate(
         The records: of the dense model if asked for, and of `model`.
 
     Raises:
-        ConfigError, DataError: bad input, found before a model is loaded.
+        ConfigError, DataError: bad input, a file in the way that is no record; found before a model is loaded.
     """
     reporter = reporter or Reporter()
     run = run_folder(model)
@@ -126,6 +126,9 @@ def evaluate(
         paths = [] if run is None else [run / FOLDER / (PRUNED if name == names[-1] else DENSE)]
         if json_file is not None and name == names[-1]:
             paths.append(json_file)
+        for path in paths:
+            if path.is_file():
+                Evaluation.load(path)  # a file that is no record is refused now, not overwritten later
         subjects.append(_Subject.find(name, paths, options))
     texts = [read_set(name, options.data_dir, options.text_key or TEXT_KEY) for name in dict.fromkeys(options.ppl)]
     if len({title for title, _, _ in texts}) < len(texts):
