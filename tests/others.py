@@ -28,6 +28,14 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def no_room() -> None:
+    raise OSError(28, "No space left on device")
+
+
+def no_memory() -> None:
+    raise MemoryError
+
+
 def wrong() -> None:
     raise KeyError("lost")
 

@@ -11,7 +11,7 @@ import pytest
 
 from nuteprune.errors import ConfigError, DataError
 from nuteprune.evaluation.compare import compare, find_records
-from nuteprune.evaluation.record import Evaluation, take_up
+from nuteprune.evaluation.record import Evaluation, set_aside
 
 
 def _record(name: str, tasks: dict[str, tuple[float, float]], ppl: float = 10.0, **changes: Any) -> Evaluation:
@@ -141,17 +141,33 @@ def test_a_perplexity_beyond_all_numbers_is_infinite() -> None:
     assert compare([dense, broken]).table()[1][1][2:] == ["3.2e+17", "x 3.2e+16"]
 
 
-def test_records_of_another_kind_are_set_aside_not_lost(tmp_path: Path) -> None:
-    path = tmp_path / "record.json"
-    _record("a", {"piqa": (0.5, 0.1)}).save(path)
-    assert take_up(same := _record("a/", {"boolq": (0.5, 0.1)}), path) is None
+def test_records_of_another_kind_do_not_mix(tmp_path: Path) -> None:
+    earlier = _record("a", {"piqa": (0.5, 0.1)})
+    same = _record("a/", {"boolq": (0.5, 0.1)})
+    assert same.take(earlier)
     assert set(same.tasks) == {"piqa", "boolq"}
-    for number, changes in enumerate(({"dtype": "bfloat16"}, {"weights": "other"}), 1):
-        _record("a", {"piqa": (0.5, 0.1)}).save(path)
+    for changes in (
+        {"dtype": "bfloat16"}, {"weights": "other"}, {"parameters": 7}, {"device": "cuda:0"},
+        {"environment": {"packages": {"torch": "0"}}},
+    ):  # fmt: skip
         other = _record("a", {"boolq": (0.5, 0.1)}, **changes)
-        assert "kept as" in (take_up(other, path) or "")
+        assert not other.take(earlier)
         assert set(other.tasks) == {"boolq"}
-        assert set(Evaluation.load(tmp_path / f"record-{number}.json").tasks) == {"piqa"}
+    path = tmp_path / "record.json"
+    for number in (1, 2):
+        earlier.save(path)
+        assert f"kept as record-{number}.json" in set_aside(path)
+        assert Evaluation.load(tmp_path / f"record-{number}.json").to_dict() == earlier.to_dict()
+        assert not path.exists()
+
+
+def test_a_comparison_is_json_and_names_no_folders() -> None:
+    dense, broken = _record("/home/me/dense", {"piqa": (0.8, 0.1)}), _record("/home/me/runs/a", {"piqa": (0.4, 0.1)})
+    broken.perplexity["wikitext2"]["perplexity"] = None
+    broken.tasks["piqa"]["protocol"] = "otherwise"
+    found = compare([dense, broken])
+    assert found.left_out
+    assert not any("/home" in note for note in found.notes)
 
 
 def test_runs_of_different_models_are_not_compared(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import KINDS, tiny_config, tiny_model
-from others import count, die, fill, refuse, tell_and_wait, wrong
+from others import count, die, fill, no_memory, no_room, refuse, tell_and_wait, wrong
 from test_cli import call  # noqa: F401
 
 from nuteprune.arch import Arch
@@ -66,7 +66,7 @@ def test_a_rehearsal_reaches_every_point_that_takes_time(small_run: PruneConfig)
 
 
 def test_run_time_multiplies_out(small_run: PruneConfig) -> None:
-    config = small_run.replace(steps=100, teachers="intact", gate_init_batches=16, batch_size=1, checkpoint_every=1000)
+    config = small_run.replace(steps=100, teachers="intact", gate_init_batches=16, batch_size=1, checkpoint_every=30)
     mini = miniature(config, config.out)
     ramp, hold, recovery = (Point(phase, "intact") for phase in ("ramp", "hold", "recovery"))
     assert Counter(timetable(config)) == {ramp: 50, hold: 15, recovery: 35}
@@ -77,14 +77,14 @@ def test_run_time_multiplies_out(small_run: PruneConfig) -> None:
         Stage("importance of units", 5.0, 10.0, [6.0, 7.0]),
         Stage("perplexity of the dense model", trained, trained + 2, [trained + 0.5, trained + 1, trained + 1.5, trained + 2]),
     ]
-    when = run_time(config, Rehearsal(trained + 4.0, stages, steps, trained, None, None), start_up=3.0)
+    when = run_time(config, Rehearsal(trained + 4.0, stages, steps, 0.25, trained, None, None), start_up=3.0)
     assert when.steps == {ramp: (50, 1.0), hold: (15, 2.0), recovery: (35, 3.0)}
     assert when.training == 185
     assert when.start == 8
     assert when.importance == 5 + 14 * 1.0  # 14 more sequences at a second each
     assert when.end == pytest.approx(4.0 + (13 - 4) * 0.5)  # a tenth of the blocks is held out
-    assert when.between == pytest.approx(5.0)  # what the first step took longer
-    assert when.total == pytest.approx(8 + 19 + 185 + 5 + 8.5)
+    assert when.between == pytest.approx(5.0 + 2 * 0.25)  # what the first step took longer; 3 checkpoints, one was rehearsed
+    assert when.total == pytest.approx(8 + 19 + 185 + 5.5 + 8.5)
 
 
 # -- the fresh process -------------------------------------------------------------------------------------------------
@@ -105,8 +105,12 @@ def test_a_fresh_process_hands_over_progress_and_errors() -> None:
     assert seen == [(1, 3), (2, 3), (3, 3)]
     with pytest.raises(ConfigError, match=r"^one sentence$"):
         in_fresh_process(refuse, "one sentence")
-    with pytest.raises(MeasurementError, match="memory ran out; lower --batch-size"):
+    with pytest.raises(MeasurementError, match="memory ran out; take a smaller model or batch"):
         in_fresh_process(die)
+    with pytest.raises(MeasurementError, match=r"No space left on device; if the disk is full, set TMPDIR"):
+        in_fresh_process(no_room)
+    with pytest.raises(MeasurementError, match="memory is full; take fewer"):
+        in_fresh_process(no_memory, advice="take fewer")
     with pytest.raises(RuntimeError, match="KeyError: 'lost'"):
         in_fresh_process(wrong)
     with pytest.raises(ValueError, match="top level"):

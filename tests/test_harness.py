@@ -21,6 +21,7 @@ from nuteprune.evaluation.known_tasks import KNOWN, PAPER, KnownTask
 from nuteprune.evaluation.local_rows import read_rows
 from nuteprune.evaluation.record import Evaluation
 from nuteprune.evaluation.run import EvalOptions, evaluate
+from nuteprune.models import Source
 
 ROWS = 7
 
@@ -161,7 +162,7 @@ def test_worked_examples_come_from_a_train_file(data: Path, tmp_path: Path) -> N
     assert prompt.count("Question: hills") == 2
     assert prompt.count("Question:") == 3
     assert "worked examples from arc_easy_train.jsonl" in score.protocol
-    with pytest.raises(DataError, match=r"arc_easy with 9 worked examples: ValueError"):
+    with pytest.raises(DataError, match=r"arc_easy with 9 worked examples: they do not fit"):
         load_tasks(("arc_easy",), tmp_path, fewshot=9)
 
 
@@ -206,7 +207,6 @@ def test_groups_count_as_one(tmp_path: Path) -> None:
     assert [score.rows for score in scores] == [8, 3, 5]
     assert scores[0].value == pytest.approx((3 * scores[1].value + 5 * scores[2].value) / 8)
     assert "group both of 2 tasks" in scores[0].protocol
-    assert not whole.single
 
 
 def test_what_the_harness_warns_of_is_passed_on(tmp_path: Path) -> None:
@@ -316,6 +316,42 @@ def test_records_are_kept_and_taken_up_again(
     path.write_text(json.dumps(changed))
     evaluate(str(model_folder), EvalOptions(**{**options, "limit": 2}, resume=True), json_file=path)
     assert ran == ["piqa", "arc_easy"], "other weights are measured again"
+    assert json.loads((tmp_path / "record-1.json").read_text()) == changed, "and what was there is set aside"
+
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(harness.Harness, "score", stopped)
+    before = path.read_text()
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(str(model_folder), EvalOptions(**options, dtype="bfloat16"), json_file=path)
+    assert path.read_text() == before, "a record gives way to a measurement only"
+
+
+def test_models_of_the_hub_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a network: two models as the hub's client caches them."""
+    cache = tmp_path / "hub"
+    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(cache))
+    for name, commit in (("one", "a" * 40), ("two", "b" * 40)):
+        snapshot = cache / f"models--org--{name}/snapshots/{commit}"
+        snapshot.mkdir(parents=True)
+        tiny_config().save_pretrained(snapshot)
+        (cache / f"models--org--{name}/refs").mkdir()
+        (cache / f"models--org--{name}/refs/main").write_text(commit)
+    assert Source.find("org/one").fingerprint() == f"org/one@{'a' * 40}"
+    assert Source.find("org/two").fingerprint() == f"org/two@{'b' * 40}"
+
+
+def test_rows_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A task of the harness that shuffles its choices at every reading must ask and score the same."""
+    fields = ("Question", "Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
+    monkeypatch.setitem(KNOWN, "gpqa_main_zeroshot", KnownTask("acc", "gpqa/zeroshot", fields))
+    rows = [dict(zip(fields, (f"q {i}", "right", "a", "b", "c"), strict=True)) for i in range(30)]
+    _write(tmp_path / "gpqa_main_zeroshot_train.jsonl", rows)
+    task = load_tasks(("gpqa_main_zeroshot",), tmp_path)[0].loaded["tasks"]["gpqa_main_zeroshot"]
+    first, second = ([row["answer"] for row in task.eval_docs] for _ in range(2))
+    assert first == second
+    assert len(set(first)) > 1
 
 
 def test_options_are_checked(model_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -82,7 +82,8 @@ def estimate_command(
     from nuteprune.files import check_output, save_json
 
     check_output("--json", json_file)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as after Ctrl-C, nothing is left behind
+    for number in (signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])):
+        signal.signal(number, lambda got, _: sys.exit(128 + got))  # as after Ctrl-C, nothing is left behind
     found = estimate(checked, gpu or (), not no_measure, _reporter(quiet))
     if json_file is not None:
         save_json(json_file, found.to_dict())

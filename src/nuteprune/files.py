@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -89,8 +90,16 @@ def save_text(path: Path, text: str) -> None:
 
 
 def save_json(path: Path, value: Any) -> None:
-    """Writes a JSON file as a whole."""
-    save_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    """Writes a JSON file as a whole; numbers that are not finite, which JSON has not, become null."""
+    save_text(path, json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:

@@ -312,6 +312,7 @@ class _Job:
         generation = masked.model.generation_config
         with write_folder(run / MODEL, compactor, self.dense, self.tokenizer, generation) as folder:
             masked.release()  # from here on the written files speak for themselves
+            trainer.lora_optimizer.state.clear()
             compact = Source.find(str(folder)).model(masked.device, self.save_dtype)
             pruned: Perplexity | None = None
             if apart is not None:

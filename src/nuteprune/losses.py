@@ -52,35 +52,13 @@ class _FusedHead(torch.autograd.Function):
         kl_sum = torch.zeros((), dtype=torch.float64, device=student.device)
         lm_sum = torch.zeros_like(kl_sum)
         for rows in chunks(tokens, weight.shape[0], student.device):
-            logits = F.linear(student[rows], weight, bias).float()
-            valid, target = labels[rows] >= 0, labels[rows].clamp_min(0).unsqueeze(1)
-            top = logits.amax(-1)
-            picked = logits.gather(1, target).squeeze(1)
-            towards: Tensor | None = None  # gradient of the logits
-            if lm_weight or temperature != 1.0 or teacher is None:
-                q = logits.softmax(-1)
-                lm_sum += ((top - q.amax(-1).log() - picked) * valid).sum()  # top - log q(top) is logsumexp
-                if lm_weight:
-                    q.scatter_add_(1, target, -torch.ones_like(target, dtype=q.dtype))
-                    towards = q.mul_((valid * (lm_weight / scored)).unsqueeze(1))
-            if teacher is not None:
-                other = F.linear(teacher[rows], weight, bias).float()
-                if temperature != 1.0:
-                    logits, other, top = logits.div_(temperature), other.div_(temperature), top / temperature
-                highest = other.amax(-1)
-                p = other.softmax(-1)
-                gap = torch.linalg.vecdot(p, other.sub_(logits))
-                q = torch.softmax(logits, -1, out=logits)
-                most = q.amax(-1).log()
-                # sum p (log p - log q) = sum p (t - s) - logsumexp(t) + logsumexp(s), for logits t and s; large numbers first
-                kl_sum += (gap - (highest - top) + (p.amax(-1).log() - most)).sum()
-                if temperature == 1.0 and not lm_weight:
-                    lm_sum += ((top - most - picked) * valid).sum()
-                # d [T^2 KL] / d logits = T (q - p)
-                towards_teacher = q.sub_(p).mul_(kl_weight * temperature / tokens)
-                towards = towards_teacher if towards is None else towards.add_(towards_teacher)
-            if towards is not None:
-                gradient[rows] = (towards.to(weight.dtype) @ weight).to(gradient.dtype)
+            taught = None if teacher is None else teacher[rows]
+            factors = kl_weight * temperature / tokens, lm_weight / scored
+            part, kl_part, lm_part = _losses_of(student[rows], taught, labels[rows], weight, bias, temperature, *factors)
+            if part is not None:
+                gradient[rows] = part
+            kl_sum += kl_part
+            lm_sum += lm_part
         kl, lm = kl_sum / tokens, lm_sum / scored
         total = kl_weight * temperature**2 * kl + lm_weight * lm if teacher is not None else lm_weight * lm
         ctx.save_for_backward(gradient)
@@ -91,6 +69,53 @@ class _FusedHead(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return (gradient * grads[0].to(gradient.dtype), *([None] * 7))
+
+
+def _losses_of(
+    student: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    kl_factor: float,
+    lm_factor: float,
+) -> tuple[Tensor | None, Tensor | float, Tensor | float]:
+    """A chunk: gradient of its states (None without a loss), sums of its KL and of its cross entropy.
+
+    A function of its own, so that its logits are gone when the next chunk's come.
+    """
+    logits = F.linear(student, weight, bias).float()
+    valid, target = labels >= 0, labels.clamp_min(0).unsqueeze(1)
+    top = logits.amax(-1)
+    picked = logits.gather(1, target).squeeze(1)
+    kl: Tensor | float = 0.0
+    lm: Tensor | float = 0.0
+    towards: Tensor | None = None  # gradient of the logits
+    if lm_factor or temperature != 1.0 or teacher is None:
+        q = logits.softmax(-1)
+        lm = ((top - q.amax(-1).log() - picked) * valid).sum()  # top - log q(top) is logsumexp
+        if lm_factor:
+            q.scatter_add_(1, target, -torch.ones_like(target, dtype=q.dtype))
+            towards = q.mul_((valid * lm_factor).unsqueeze(1))
+    if teacher is not None:
+        other = F.linear(teacher, weight, bias).float()
+        if temperature != 1.0:
+            logits, other, top = logits.div_(temperature), other.div_(temperature), top / temperature
+        highest = other.amax(-1)
+        p = other.softmax(-1)
+        gap = torch.linalg.vecdot(p, other.sub_(logits))
+        q = torch.softmax(logits, -1, out=logits)
+        most = q.amax(-1).log()
+        # sum p (log p - log q) = sum p (t - s) - logsumexp(t) + logsumexp(s), for logits t and s; large numbers first
+        kl = (gap - (highest - top) + (p.amax(-1).log() - most)).sum()
+        if temperature == 1.0 and not lm_factor:
+            lm = ((top - most - picked) * valid).sum()
+        # d [T^2 KL] / d logits = T (q - p)
+        towards_teacher = q.sub_(p).mul_(kl_factor)
+        towards = towards_teacher if towards is None else towards.add_(towards_teacher)
+    gradient = None if towards is None else (towards.to(weight.dtype) @ weight).to(student.dtype)
+    return gradient, kl, lm
 
 
 def chunks(tokens: int, vocab: int, device: torch.device) -> Iterator[slice]:

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from nuteprune.errors import MeasurementError, NutePruneError
+from nuteprune.errors import MeasurementError, NutePruneError, reason
 
 T = TypeVar("T")
 Progress = Callable[[int, int], None]
@@ -109,8 +109,12 @@ def _serve() -> None:
         send("result", (result, peak_memory()))
     except NutePruneError as error:
         send("error", error)
+    except OSError as error:
+        text = f"the measuring process failed: {reason(error)}; if the disk is full, set TMPDIR to a folder with more room."
+        send("error", MeasurementError(text))
     except BaseException as error:
-        full = type(error).__name__ == "OutOfMemoryError"  # torch's; torch itself is not imported here
+        # torch's error on a GPU and on a CPU; torch itself is not imported here
+        full = type(error).__name__ in ("OutOfMemoryError", "MemoryError") or "can't allocate memory" in str(error)
         send("memory" if full else "failed", traceback.format_exc())
 
 

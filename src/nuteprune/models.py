@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging as transformers_logging
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 from nuteprune.arch import Arch
 from nuteprune.errors import ArchitectureError, ConfigError, reason
@@ -143,13 +144,12 @@ class Source:
     def fingerprint(self) -> str:
         """A short hash that other weights, configuration or tokenizer change: names, sizes and samples of the files.
 
-        For a model of the hub it is the commit.
+        For a model of the hub it is its id and commit.
         """
         if not self.local:
-            return str(getattr(self.config(), "_commit_hash", None) or "")
+            return f"{self.where}@{extract_commit_hash(cached_file(self.where, 'config.json'), None)}"
         folder, digest = Path(self.where), sha256()
-        endings = (".safetensors", ".bin", ".json")
-        files = [folder / self.gguf_file] if self.gguf_file else sorted(p for p in folder.iterdir() if p.suffix in endings)
+        files = [folder / self.gguf_file] if self.gguf_file else sorted(p for p in folder.iterdir() if _is_part(p.name))
         for path in files:
             size = path.stat().st_size
             digest.update(f"{path.name} {size}".encode())
@@ -181,6 +181,11 @@ class Source:
         if len(tokenizer) == 0:
             raise ConfigError(f"model {self.name}: its tokenizer is empty.")
         return tokenizer  # type: ignore[no-any-return]
+
+
+def _is_part(name: str) -> bool:
+    """Whether a file of a model folder is part of the model, rather than something that was put beside it."""
+    return name.endswith((".safetensors", ".bin", ".index.json")) or name.startswith(("config.json", "tokenizer"))
 
 
 def _forget_quantisation(model: Any) -> None:

@@ -23,12 +23,16 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from nuteprune.arch import Arch
 from nuteprune.config import PruneConfig
+from nuteprune.job import pick_save_dtype
 from nuteprune.losses import chunks
 from nuteprune.masking import LoraOptions, MaskedModel
 from nuteprune.masks import Masks, unit_shapes
+from nuteprune.sparsity import BlockSize
 
-LOGIT_BYTES = 14  # live at once for a value of a chunk of logits: student, teacher and a softmax in float32, one in half
-LOGIT_TRAFFIC = 90  # bytes read and written for a value of the logits in `losses`
+# Bytes for a value of the logits in `losses`, counted on real tensors: live at once in a chunk, and read and written.
+# The cases: KL at temperature 1; at another temperature or with a language-model loss beside it; no teacher.
+LOGIT_BYTES = {"kl": 16, "kl and more": 20, "no teacher": 10}
+LOGIT_TRAFFIC = {"kl": 112, "kl and more": 152, "no teacher": 53}
 SCORED = 256  # rows of logits in float32, with their softmax, in `evaluation.perplexity`
 ADAM = 8  # bytes of moments a trainable value
 
@@ -71,6 +75,7 @@ class StepCost:
         forward_peak, backward_peak: bytes that these passes hold at most, kept activations and gradients included.
         head: bytes of a chunk of logits and of the gradient of the states.
         evaluation: bytes of the logits of one held-out block.
+        final: bytes at the end of the run, when the pruned model in the precision of its file has taken the base's place.
         teacher, student, backward, heads: the work of each part.
     """
 
@@ -84,6 +89,7 @@ class StepCost:
     backward_peak: int
     head: int
     evaluation: int
+    final: int
     teacher: Work
     student: Work
     backward: Work
@@ -105,7 +111,7 @@ class StepCost:
             3 * 4 * self.lora,  # gradients, and the optimiser's own working set
             self.evaluation,
         )
-        return self.standing + max(passes)
+        return max(self.standing + max(passes), self.final)
 
     @property
     def work(self) -> Work:
@@ -155,11 +161,15 @@ def step_cost(config: PruneConfig, dense: PretrainedConfig, arch: Arch, dtype: t
             student_states.backward(torch.ones_like(student_states))
             backward, backward_peak = watch.work, watch.peak
         size = student_states.untyped_storage().nbytes()
+    evaluation = arch.dims.vocab * (config.seq_len * dtype.itemsize + SCORED * 8)
+    lora_values = sum(p.numel() for p in masked.lora.values())
+    removed = int(BlockSize.of(arch).full * config.sparsity)
+    saved = pick_save_dtype(config.save_dtype, dense).itemsize
     gates = sum(math.prod(shape) for kind, shape in unit_shapes(arch.dims).items() if kind in config.prune)
     head, heads = _head(config, arch, size)
     return StepCost(
         weights=weights,
-        lora=sum(p.numel() for p in masked.lora.values()),
+        lora=lora_values,
         gates=gates,
         teacher_peak=teacher_peak,
         taught=taught,
@@ -167,7 +177,8 @@ def step_cost(config: PruneConfig, dense: PretrainedConfig, arch: Arch, dtype: t
         forward_peak=forward_peak,
         backward_peak=backward_peak,
         head=head,
-        evaluation=arch.dims.vocab * (config.seq_len * dtype.itemsize + SCORED * 8),
+        evaluation=evaluation,
+        final=(arch.total - removed) * saved + 4 * lora_values + arch.dims.vocab * (config.seq_len * saved + SCORED * 8),
         teacher=teacher,
         student=student,
         backward=backward,
@@ -181,8 +192,10 @@ def _head(config: PruneConfig, arch: Arch, states: int) -> tuple[int, Work]:
     rows = next(chunks(tokens, vocab, torch.device("cuda")))
     products = 2 if config.teachers == "none" else 3  # student, teacher, gradient of the states
     values = tokens * vocab
-    work = ((2.0 * products * values * hidden, 0.0), (0.0, float(LOGIT_TRAFFIC * values)))
-    return LOGIT_BYTES * (rows.stop - rows.start) * vocab + states, Work(work)
+    more = config.temperature != 1.0 or config.lm_weight > 0
+    case = "no teacher" if config.teachers == "none" else "kl and more" if more else "kl"
+    work = ((2.0 * products * values * hidden, 0.0), (0.0, float(LOGIT_TRAFFIC[case] * values)))
+    return LOGIT_BYTES[case] * (rows.stop - rows.start) * vocab + states, Work(work)
 
 
 def _leave_mask_out(masked: MaskedModel, dense: PretrainedConfig, tokens: int) -> None:

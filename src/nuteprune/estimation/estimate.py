@@ -19,7 +19,7 @@ from transformers import PretrainedConfig
 
 from nuteprune.arch import Arch
 from nuteprune.config import PruneConfig
-from nuteprune.errors import ConfigError
+from nuteprune.errors import ConfigError, ExportError, MeasurementError, TrainingError
 from nuteprune.estimation.costs import StepCost, step_cost
 from nuteprune.estimation.gpus import Gpu, GpuEstimate, assumptions, find_gpus, on_gpu
 from nuteprune.estimation.rehearsal import RunTime, miniature, rehearse, run_time
@@ -29,7 +29,11 @@ from nuteprune.models import Source, pick_device
 from nuteprune.progress import Reporter, duration
 from nuteprune.sparsity import BlockSize
 
-NOT_IN_TIME = "reading and tokenising text, and sampling it for --data self"
+NOT_COUNTED = "reading and tokenising text, and sampling it for --data self"
+LAGRANGIAN = (
+    "with --control lagrangian sparsity lags behind its target by an amount that cannot be known, so the shares of the phases "
+    "are those of a run that follows it"
+)
 HEADER = 200  # bytes a tensor in the head of a safetensors file, at most
 
 Rows = list[tuple[str, ...]]
@@ -119,7 +123,7 @@ class Measured:
                 {"phase": p.phase, "teacher": p.teacher, "steps": count, "step_seconds": seconds}
                 for p, (count, seconds) in t.steps.items()
             ],
-            "not_in_time": NOT_IN_TIME,
+            "not_counted": NOT_COUNTED,
         }
 
 
@@ -153,11 +157,13 @@ class Estimate:
         ]
         if (m := self.measured) is not None:
             where = f"on {m.device}, measured in a rehearsal of {m.steps} steps"
-            lines.append(f"peak memory of the process ({where}): {m.peak / 1e6:,.0f} MB")
+            lines.append(f"peak memory of the process ({where}): {m.peak / 1e6:,.0f} MB; not in it: {NOT_COUNTED}")
             if m.device_allocated is not None and m.device_reserved is not None:
                 used, held = m.device_allocated / 1e6, m.device_reserved / 1e6
                 lines.append(f"peak GPU memory ({where}): {used:,.0f} MB used, {held:,.0f} MB held by the allocator")
-            lines.append(f"time ({where}): {duration(m.time.total)}; not in it: {NOT_IN_TIME}")
+            lines.append(f"time ({where}): {duration(m.time.total)}; not in it: {NOT_COUNTED}")
+            if c.control == "lagrangian":
+                lines.append(LAGRANGIAN)
         return lines
 
     def tables(self) -> list[tuple[str, tuple[str, ...], Rows]]:
@@ -269,7 +275,11 @@ def measure_run(config: PruneConfig, device: str, reporter: Reporter) -> Measure
         reporter.say(f"rehearsing the run on {device}: {mini.total_steps} of its {config.total_steps} steps")
         with reporter.counter("rehearsal") as progress:
             advice = "lower --batch-size or --seq-len, or give --gradient-checkpointing"
-            rehearsed, peak = in_fresh_process(rehearse, mini, progress=progress, advice=advice)
+            try:
+                rehearsed, peak = in_fresh_process(rehearse, mini, progress=progress, advice=advice)
+            except (TrainingError, ExportError) as error:  # what they advise is for a run that is there to go on with
+                cause = str(error).partition("; ")[0].partition(". ")[0].rstrip(".")
+                raise MeasurementError(f"the rehearsal failed: {cause}; if memory is full, {advice}.") from error
     seconds = time.perf_counter() - began
     when = run_time(config, rehearsed, max(seconds - rehearsed.seconds, 0.0))
     return Measured(device, mini.total_steps, peak, rehearsed.device_allocated, rehearsed.device_reserved, when, seconds)

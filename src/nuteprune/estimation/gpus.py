@@ -23,7 +23,7 @@ class Gpu:
 
     Attributes:
         name: as given to --gpu.
-        memory: bytes; the number on the box times 1e9, which all of them have.
+        memory: bytes that programs can use: the number on the box times 1e9, but for cards whose error correction takes some.
         tflops: dense bfloat16 matrix products with float32 sums, 1e12 operations a second.
         bandwidth: of its memory, bytes a second.
     """
@@ -43,8 +43,8 @@ GPUS: dict[str, Gpu] = {
         Gpu("a100-80gb", 80e9, 312.0, 2.039e12),
         Gpu("h100-80gb", 80e9, 989.0, 3.35e12),
         Gpu("h200-141gb", 141e9, 989.0, 4.8e12),
-        Gpu("l4-24gb", 24e9, 121.0, 0.3e12),
-        Gpu("l40s-48gb", 48e9, 362.0, 0.864e12),
+        Gpu("l4-24gb", 23.6e9, 121.0, 0.3e12),
+        Gpu("l40s-48gb", 47.7e9, 362.0, 0.864e12),
         Gpu("rtx3090-24gb", 24e9, 71.0, 0.936e12),
         Gpu("rtx4090-24gb", 24e9, 165.0, 1.008e12),
         Gpu("rtx5090-32gb", 32e9, 209.5, 1.792e12),
@@ -128,6 +128,7 @@ def assumptions() -> str:
     return (
         f"assumed: {100 * PRODUCTS:.0f} % of the peak of bfloat16 products, {100 * BANDWIDTH:.0f} % of the bandwidth, "
         f"{LAUNCH * 1e6:.0f} us an operation, {CONTEXT / 1e9:.1f} GB of CUDA context, {100 * (SLACK - 1):.0f} % held by the "
-        "allocator; all steps at full width (those of recovery are cheaper); loading, export and evaluation are not in "
-        "the time"
+        "allocator; all steps at full width (those of recovery are cheaper); gates, optimisers, hidden-state terms, snapshots, "
+        "checkpoints, loading, export and evaluation are not in the time, sampling for --data self neither in the time nor in "
+        "the memory"
     )

@@ -65,6 +65,7 @@ class Rehearsal:
         seconds: from reading the weights to the written model.
         stages: importance, perplexities.
         steps: point and seconds of each step.
+        saving: seconds that a checkpoint took.
         trained: when the last step ended, seconds since the beginning.
         device_allocated, device_reserved: peaks of GPU memory, bytes; None on a CPU.
     """
@@ -72,6 +73,7 @@ class Rehearsal:
     seconds: float
     stages: list[Stage]
     steps: list[tuple[Point, float]]
+    saving: float
     trained: float
     device_allocated: int | None
     device_reserved: int | None
@@ -102,8 +104,10 @@ class Rehearsal:
 def miniature(config: PruneConfig, out: str) -> PruneConfig:
     """The options of the rehearsal of a run."""
     batches = min(BATCHES, config.gate_init_batches)
+    steps = rehearsal_steps(config)
+    middle = max(1, steps // 2)  # one checkpoint is written on the way, to be timed
     return config.replace(
-        steps=rehearsal_steps(config), tokens=None, gate_init_batches=batches, out=out, data=("self",), track=()
+        steps=steps, tokens=None, gate_init_batches=batches, out=out, data=("self",), track=(), checkpoint_every=middle
     )
 
 
@@ -129,6 +133,7 @@ def rehearse(config: PruneConfig, progress: Progress) -> Rehearsal:
         seconds=watch.now,
         stages=watch.stages,
         steps=watch.steps,
+        saving=watch.saving,
         trained=watch.trained,
         device_allocated=torch.cuda.max_memory_allocated(device) if cuda else None,
         device_reserved=torch.cuda.max_memory_reserved(device) if cuda else None,
@@ -151,10 +156,11 @@ class _Stopwatch(Reporter):
         super().__init__(Console(quiet=True))
         self.stages: list[Stage] = []
         self.steps: list[tuple[Point, float]] = []
-        self.trained = 0.0
+        self.saving = self.trained = 0.0
         self._began = time.perf_counter()
         self._points = timetable(config)
         self._trained_before = 0.0
+        self._checkpoint_every = config.checkpoint_every
         self._tell, self._batch = progress, config.batch_size
         taylor = config.gate_init_batches * config.batch_size if config.gate_init == "taylor" else 0
         self._work = {"importance of units": 3}
@@ -179,7 +185,10 @@ class _Stopwatch(Reporter):
     def step(self, metrics: dict[str, Any], total: int) -> None:
         """A training step."""
         teacher = "record" if metrics["teacher"].startswith("record") else metrics["teacher"]
-        self.steps.append((Point(metrics["phase"], teacher), metrics["seconds"] - self._trained_before))
+        seconds = metrics["seconds"] - self._trained_before
+        self.steps.append((Point(metrics["phase"], teacher), seconds))
+        if metrics["step"] == self._checkpoint_every:  # the step after the checkpoint
+            self.saving = max(0.0, self.now - self.trained - seconds)
         self._trained_before, self.trained = metrics["seconds"], self.now
         self.worked(4 * self._batch)
 
@@ -248,9 +257,8 @@ def run_time(config: PruneConfig, rehearsed: Rehearsal, start_up: float) -> RunT
     last = [stage for stage in rehearsed.stages[1:] if stage.ticks]
     apart = min(HELD_OUT, (config.total_steps * config.batch_size + HELD_OUT) // 10)
     end = rehearsed.seconds - rehearsed.trained + sum((apart - len(stage.ticks)) * stage.each for stage in last)
-    saving = last[0].began - rehearsed.trained if last else 0.0  # a checkpoint, and putting the weights back in order
     between = rehearsed.trained - first.ended - sum(seconds for _, seconds in rehearsed.steps) + rehearsed.first_steps()
-    between += saving * (_checkpoints(config) - _checkpoints(mini))
+    between += rehearsed.saving * (_checkpoints(config) - _checkpoints(mini))
     steps = {point: (count, rehearsed.step_seconds(point)) for point, count in Counter(timetable(config)).items()}
     return RunTime(start_up + first.began, importance, steps, max(between, 0.0), end)
 

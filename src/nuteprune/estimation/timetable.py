@@ -12,7 +12,7 @@ from nuteprune.trainer import last_record
 
 FEW = 0.1  # share of a run below which a point is not rehearsed
 LEAST, MOST = 6, 24  # steps of a rehearsal
-EACH = 2  # steps of every point: the first warms up
+EACH = 3  # steps of every point: the first warms up, and two are measured
 
 
 @dataclass(frozen=True, order=True)

@@ -34,7 +34,7 @@ class Row:
     def ratio(self, index: int) -> float | None:
         """Value of a model over that of the first; None if one is missing."""
         first, value = self.values[0], self.values[index]
-        return value / first if first and value is not None else None
+        return value / first if first and value is not None and math.isfinite(first) else None
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,15 @@ class Comparison:
     @property
     def notes(self) -> list[str]:
         """How each row was measured, and what was left out."""
-        return [f"{row.name}: {row.protocol}." for row in self.rows if row.protocol] + list(self.left_out)
+        by_protocol: dict[str, list[str]] = {}
+        for row in self.rows:
+            by_protocol.setdefault(row.protocol, []).append(row.name)
+        found = [f"{', '.join(names)}: {protocol}." for protocol, names in by_protocol.items() if protocol]
+        return [*found, *self.left_out]
 
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Header and cells: a column a model, and after each but the first one its ratio to the first."""
-        last = [name.rstrip("/").rpartition("/")[2] for name in self.models]
+        last = [short_name(name) for name in self.models]
         names = last if len(set(last)) == len(last) else list(self.models)
         header = ["", names[0]]
         for name in names[1:]:
@@ -95,6 +99,11 @@ class Comparison:
         }
 
 
+def short_name(model: str) -> str:
+    """A model's name without its folders."""
+    return model.rstrip("/").rpartition("/")[2]
+
+
 def shown(row: Row, index: int) -> str:
     """A value as people write it: shares in per cent with their standard error."""
     value, error = row.values[index], row.stderr[index]
@@ -106,8 +115,8 @@ def shown(row: Row, index: int) -> str:
 
 
 def number(value: float) -> str:
-    """A number with three decimals, or in powers of ten where that would be long."""
-    return f"{value:.3f}" if value < 1e5 else f"{value:.3g}"
+    """A number with as many decimals as mean something, or in powers of ten where it would be long."""
+    return f"{value:.3f}" if value < 100 else f"{value:,.1f}" if value < 1e5 else f"{value:.3g}"
 
 
 def shown_ratio(row: Row, index: int) -> str:
@@ -140,10 +149,9 @@ def compare(records: list[Evaluation]) -> Comparison:
         rows.append(_average(whole))
     rows += _speed(records, left_out)
     if len(rows) == 1:
-        reason = f" ({left_out[0]})" if left_out else ""
-        raise ConfigError(
-            f"{' and '.join(r.model for r in records)} share no measurement{reason}; run nuteprune eval on all alike."
-        )
+        why = f" ({left_out[0]})" if left_out else ""
+        names = " and ".join(short_name(record.model) for record in records)
+        raise ConfigError(f"{names} share no measurement{why}; run nuteprune eval on all alike.")
     return Comparison(tuple(r.model for r in records), tuple(rows), tuple(left_out))
 
 
@@ -156,7 +164,7 @@ def _rows(records: list[Evaluation], section: str, left_out: list[str]) -> list[
         for record in records:
             entry = getattr(record, section).get(name)
             if entry is not None and (how := _how(record, entry)) != _how(records[0], first):
-                left_out.append(f"{name} of {record.model} is left out: it was measured otherwise ({how}).")
+                left_out.append(f"{name} of {short_name(record.model)} is left out: it was measured otherwise ({how}).")
                 entry = None
             values.append(None if entry is None else _value(entry, section))
             errors.append(None if entry is None else entry.get("stderr"))
@@ -205,7 +213,8 @@ def _speed(records: list[Evaluation], left_out: list[str]) -> list[Row]:
     together = [record.speed.get("session") == first["session"] for record in records]
     for record, here in zip(records, together, strict=True):
         if record.speed and not here:
-            left_out.append(f"speed and memory of {record.model} are left out: not measured in turns with {records[0].model}.")
+            names = short_name(record.model), short_name(records[0].model)
+            left_out.append(f"speed and memory of {names[0]} are left out: not measured in turns with {names[1]}.")
     if sum(together) < 2:
         return []
     protocol = _how(records[0], first)

@@ -86,11 +86,6 @@ class LoadedTask:
     loaded: Any
     sources: dict[str, str]
 
-    @property
-    def single(self) -> bool:
-        """Whether it is one task rather than a group."""
-        return not self.loaded["groups"]
-
     def members(self, name: str) -> list[str]:
         """The tasks of one of its groups, or the task itself."""
         groups = self.loaded["groups"]
@@ -172,6 +167,7 @@ def _load(manager: Any, name: str, task_data: Path | None, fewshot: int | None, 
         loaded = manager.load([name])
         for task in loaded["tasks"].values():
             _set_fewshot(task, fewshot)
+            _read_once(task)
             _try_prompt(task)
     except ConfigError:
         raise
@@ -200,10 +196,13 @@ def _load_local(manager: Any, name: str, folder: Path, fewshot: int | None, limi
     if fewshot is not None and own.get("num_fewshot") != 0:
         shots = fewshot
     apart = (own.get("fewshot_config") or {}).get("split") or own.get("fewshot_split") or own.get("training_split")
+    apart = apart or own.get("validation_split")
     if shots and "samples" not in (own.get("fewshot_config") or {}):
         if apart is None:
             raise ConfigError(f"--tasks {name} has no split of its own for {shots} worked examples; give --num-fewshot 0.")
-        if apart != split:  # else the harness leaves the row itself out
+        if apart == split:  # so it is in the harness's own configuration
+            source += ", worked examples from the other rows"
+        else:
             examples = read_rows(folder, name, apart, evaluated=False)
             rows[apart], source = examples.rows, f"{source}, worked examples from {examples.where}"
 
@@ -221,11 +220,12 @@ def _load_local(manager: Any, name: str, folder: Path, fewshot: int | None, limi
     task = loaded["tasks"][name]
     _check_task(task)
     _set_fewshot(task, fewshot)
+    _read_once(task)
     _check_rows(task, local, limit)
     try:
         _try_prompt(task)
-    except ValueError as error:
-        raise DataError(f"--tasks {name} with {shots} worked examples: {reason(error)}.") from error
+    except Exception as error:  # as above
+        raise DataError(f"--tasks {name} with {shots} worked examples: they do not fit the task ({reason(error)}).") from error
     return LoadedTask(name, loaded, {name: source})
 
 
@@ -253,9 +253,17 @@ def _set_fewshot(task: Any, fewshot: int | None) -> None:
     task.set_fewshot_seed(seed=OTHER_SEED)
 
 
+def _read_once(task: Any) -> None:
+    """Fixes the rows of a task: some shuffle their choices at every reading, and the harness reads to ask and to score."""
+    rows = task.eval_docs
+    setattr(task, "test_docs" if task.has_test_docs() else "validation_docs", lambda: rows)
+
+
 def _try_prompt(task: Any) -> None:
-    """Makes one prompt with worked examples: too few of them are found now."""
+    """Makes every worked example, and one prompt of them: broken ones, or too few, are found now."""
     if task.config.num_fewshot:
+        for row in task.fewshot_docs():
+            task.doc_to_text(row), task.doc_to_target(row)
         task.fewshot_context(task.eval_docs[0], task.config.num_fewshot)
 
 

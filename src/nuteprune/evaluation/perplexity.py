@@ -77,8 +77,7 @@ class Perplexity:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        found = asdict(self)
-        return found | {"perplexity": self.perplexity if math.isfinite(self.perplexity) else None}  # JSON has no infinity
+        return asdict(self)
 
     @classmethod
     def from_dict(cls, found: dict[str, Any]) -> Perplexity:

@@ -115,21 +115,13 @@ class Evaluation:
         return True
 
     def _kind(self) -> tuple[Any, ...]:
-        versions = self.environment.get("packages", {})
-        return (self.weights, self.dtype, self.device.partition(":")[0], *(versions.get(name) for name in SAME_VERSIONS))
+        found = self.environment.get("packages", {})
+        versions = tuple(found.get(name) for name in SAME_VERSIONS)
+        return self.weights, self.parameters, self.dtype, self.device.partition(":")[0], versions
 
 
-def take_up(record: Evaluation, path: Path) -> str | None:
-    """Takes over an earlier record at a path, or sets it aside under another name if the two do not go together.
-
-    Returns:
-        What was set aside and where, for the user, or None.
-
-    Raises:
-        DataError: there is a file that is no record.
-    """
-    if not path.is_file() or record.take(Evaluation.load(path)):
-        return None
+def set_aside(path: Path) -> str:
+    """Gives a record another name, because what comes does not go together with it; says so, for the user."""
     aside = next(p for n in count(1) if not (p := path.with_name(f"{path.stem}-{n}{path.suffix}")).exists())
     path.rename(aside)
     return f"{path} was measured of other weights, in another precision or by other versions; it is kept as {aside.name}"

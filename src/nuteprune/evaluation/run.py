@@ -16,7 +16,7 @@ from nuteprune.config import PruneConfig, read_yaml
 from nuteprune.environment import environment
 from nuteprune.errors import ConfigError
 from nuteprune.evaluation.perplexity import perplexity, read_set
-from nuteprune.evaluation.record import DENSE, FOLDER, PRUNED, Evaluation, run_folder, take_up
+from nuteprune.evaluation.record import DENSE, FOLDER, PRUNED, Evaluation, run_folder, set_aside
 from nuteprune.evaluation.speed import PROTOCOL, generation_memory, generation_speed
 from nuteprune.files import check_output
 from nuteprune.models import DTYPES, Source, pick_device
@@ -126,10 +126,7 @@ def evaluate(
         paths = [] if run is None else [run / FOLDER / (PRUNED if name == names[-1] else DENSE)]
         if json_file is not None and name == names[-1]:
             paths.append(json_file)
-        for path in paths:
-            if path.is_file():
-                Evaluation.load(path)  # a file that is no record is refused now, not overwritten later
-        subjects.append(_Subject.find(name, paths, options))
+        subjects.append(_Subject.find(name, paths, options, reporter))
     texts = [read_set(name, options.data_dir, options.text_key or TEXT_KEY) for name in dict.fromkeys(options.ppl)]
     if len({title for title, _, _ in texts}) < len(texts):
         raise ConfigError(f"--ppl got two files of one name ({', '.join(options.ppl)}); rename one of them.")
@@ -147,9 +144,7 @@ def evaluate(
             device=str(device),
             environment=environment(device),
         )
-        for path in subject.paths:
-            if aside := take_up(record, path):
-                reporter.say(aside)
+        subject.begin(record)
         records.append(record)
         _measure(loaded, subject, record, options, texts, tasks, reporter)
         del loaded
@@ -167,21 +162,32 @@ class _Subject:
 
     source: Source
     tokenizer: PreTrainedTokenizerBase
-    paths: list[Path]
+    earlier: dict[Path, Evaluation | None]
+    reporter: Reporter
 
     @classmethod
-    def find(cls, name: str, paths: list[Path], options: EvalOptions) -> _Subject:
-        """Resolves a name; no weights are read."""
+    def find(cls, name: str, paths: list[Path], options: EvalOptions, reporter: Reporter) -> _Subject:
+        """Resolves a name and reads what is there of its record, which must be one; no weights are read."""
+        earlier = {path: Evaluation.load(path) if path.is_file() else None for path in paths}
         source = Source.find(name)
         config = source.config()
         longest = getattr(config, "max_position_embeddings", None)
         if options.ppl and longest is not None and (options.window or WINDOW) > longest:
             raise ConfigError(f"--window got {options.window or WINDOW}; {name} reads at most {longest} tokens.")
-        return cls(source, source.tokenizer(config.vocab_size), paths)
+        return cls(source, source.tokenizer(config.vocab_size), earlier, reporter)
+
+    def begin(self, record: Evaluation) -> None:
+        """Takes over the earlier measurements that go together with the new ones."""
+        for path, before in self.earlier.items():
+            if before is not None and record.take(before):
+                self.earlier[path] = None  # nothing of it is lost when the new record takes its place
 
     def keep(self, record: Evaluation) -> None:
-        """Writes the record to every file."""
-        for path in self.paths:
+        """Writes the record to every file; one that is there and does not go together with it is set aside first."""
+        for path, before in self.earlier.items():
+            if before is not None:
+                self.reporter.say(set_aside(path))
+                self.earlier[path] = None
             record.save(path)
 
 
@@ -210,7 +216,7 @@ def _measure(
     batch_size = options.batch_size or BATCH_SIZE
     harness = Harness(model, subject.tokenizer, batch_size, reporter.warn)
     for task in tasks:
-        before = record.tasks.get(task.name) if options.resume and task.single else None
+        before = record.tasks.get(task.name) if options.resume else None
         if before is not None and before["protocol"] == task.protocol(task.name, options.limit, batch_size):
             reporter.say(f"{subject.source.name}: {task.name} is kept as it was measured before")
             continue

@@ -250,7 +250,7 @@ class RunFacts:
         if self.comparison is not None:
             _, body = self.comparison.table()
             for row, (name, dense, pruned, change) in list(zip(self.comparison.rows, body, strict=True))[1:]:
-                kept = f"{change} kept" if row.kind == "share" else change
+                kept = f"{change} kept" if row.kind == "share" and row.ratio(1) is not None else change
                 lines.append(Line(name, dense, pruned, kept, row.protocol))
         return lines
 

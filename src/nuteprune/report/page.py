@@ -142,7 +142,8 @@ def _tiles(facts: RunFacts) -> list[tuple[str, str, str]]:
 
 
 def _environment(found: dict[str, Any]) -> list[tuple[str, str]]:
-    flat = {k: v for k, v in found.items() if k != "packages"} | found.get("packages", {})
+    folders = ("model_from", "data_files")  # of this machine, which the page may leave
+    flat = {k: v for k, v in found.items() if k not in ("packages", *folders)} | found.get("packages", {})
     return [(str(k), str(v)) for k, v in flat.items()]
 
 

@@ -99,7 +99,7 @@ def pictures(facts: RunFacts) -> list[Picture]:
             "Full colour is kept whole, a paler one is scaled down, none is removed."
         )
         found.append(Picture("left", "What is left", text, _left))
-    if facts.comparison is not None and any(row.kind == "share" for row in facts.comparison.rows):
+    if facts.comparison is not None and any(r.kind == "share" and r.ratio(1) is not None for r in facts.comparison.rows):
         text = "Retained quality: each task's result of the pruned model in per cent of the dense model's."
         found.append(Picture("retained", "Retained quality", text, _retained))
     return found
@@ -150,7 +150,7 @@ def _teachers(facts: RunFacts, theme: Theme, width: float) -> Figure:
         axes.plot([first, last + 1], [level, level], color=theme.series[1], lw=3.2, solid_capstyle="butt", label=label)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.set_ylim(bottom=-0.25 * every)
-    _legend(axes, theme, "lower right" if facts.complete else "upper left")
+    _legend(axes, theme, "best")
     return figure
 
 
@@ -212,7 +212,7 @@ def _left(facts: RunFacts, theme: Theme, width: float) -> Figure:
     heads.grid(visible=False)
     heads.grid(which="minor", color=theme.faint, lw=0.8)
     heads.tick_params(which="minor", length=0)
-    heads.set_xticks(range(groups) if groups <= 8 else [0, groups - 1])
+    heads.set_xticks(range(groups) if groups <= 4 else [0, groups - 1])
     heads.set_title("KV groups", size=10, color=theme.ink)
     heads.set_ylabel("layer")
 
@@ -251,7 +251,7 @@ def _contrast(theme: Theme) -> str:
 
 def _retained(facts: RunFacts, theme: Theme, width: float) -> Figure:
     assert facts.comparison is not None
-    rows = [row for row in facts.comparison.rows if row.kind == "share"]
+    rows = [row for row in facts.comparison.rows if row.kind == "share" and row.ratio(1) is not None]
     figure, axes = _figure(theme, width, 1.1 + 0.34 * len(rows))
     ratios = [100 * (row.ratio(1) or 0.0) for row in rows]
     colours = [theme.series[1] if row.name.startswith("average") else theme.series[0] for row in rows]
