@@ -213,7 +213,7 @@ def test_bad_folders_and_models(call: Any, tmp_path: Path, model_folder: Path, t
 
     model = str(model_folder)
     _is_one_sentence(*call("eval", model, "--tasks", ","), r"--tasks got no task")
-    _is_one_sentence(*call("eval", model, "--tasks", "piqa", "--task-data", str(full)), r"has no rows for task piqa")
+    _is_one_sentence(*call("eval", "--quiet", model, "--tasks", "piqa", "--task-data", str(full)), r"has no rows for task piqa")
     _is_one_sentence(*call("eval", model, "--tasks", "piqa", "--limit", "0"), r"--limit got 0")
     _is_one_sentence(*call("eval", model, "--dense"), r"--dense: .* is no run folder")
     _is_one_sentence(*call("compare", str(full)), r"full is no run folder")

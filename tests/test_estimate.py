@@ -235,7 +235,7 @@ def test_flops_are_twice_parameters_times_tokens(small_run: PruneConfig) -> None
 
 
 def test_what_makes_memory_grow_and_shrink(small_run: PruneConfig) -> None:
-    dense = tiny_config(num_hidden_layers=6)
+    dense = tiny_config(num_hidden_layers=3)
     arch = Arch.from_config(dense)
 
     def peak(**changes: Any) -> int:
@@ -247,23 +247,26 @@ def test_what_makes_memory_grow_and_shrink(small_run: PruneConfig) -> None:
     assert peak(hidden_loss="plain") > peak() > peak(teachers="none")
 
 
-def test_seven_billion_without_weights(call: Any, tmp_path: Path) -> None:  # noqa: F811
+@pytest.mark.parametrize(
+    ("layers", "total"), [(2, 666_914_816), pytest.param(32, 6_738_415_616, marks=pytest.mark.slow, id="whole")]
+)
+def test_llama_7b_without_weights(call: Any, tmp_path: Path, layers: int, total: int) -> None:  # noqa: F811
     folder = tmp_path / "llama-7b"
     tiny_config(
-        vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
+        vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=layers, num_attention_heads=32,
         num_key_value_heads=32, head_dim=128, max_position_embeddings=4096, tie_word_embeddings=False,
     ).save_pretrained(folder)  # fmt: skip
     arguments = (str(folder), "--batch-size", "8", "--seq-len", "512", "--gradient-checkpointing")
     code, out, err = call("estimate", *arguments, "--no-measure", "--gpu", "all", "--json", str(tmp_path / "e.json"))
     assert code == 0, err
     assert "computed, not measured" in out
-    assert "6,738,415,616 -> at most" in out
+    assert f"{total:,} -> at most" in out
     found = json.loads((tmp_path / "e.json").read_text())
     assert found["measured"] is None
     fits = {row["gpu"]: row["fits"] for row in found["computed"]["gpus"]}
     assert set(fits) == set(GPUS)
     assert (fits["h100-80gb"], fits["l4-24gb"]) == ("yes", "yes")
-    assert found["computed"]["step"]["weights_bytes"] == 2 * 6_738_415_616
+    assert found["computed"]["step"]["weights_bytes"] == 2 * total
     slow, fast = (next(r["seconds"] for r in found["computed"]["gpus"] if r["gpu"] == n) for n in ("l4-24gb", "h100-80gb"))
     assert slow > 3 * fast
 

@@ -221,7 +221,7 @@ def test_recovery_runs_at_the_width_that_is_left(small_run: PruneConfig, tmp_pat
     ("backend", "changes"),
     [
         ("aot_eager", {}),
-        ("aot_eager", {"gradient_checkpointing": True, "hidden_loss": "plain"}),
+        pytest.param("aot_eager", {"gradient_checkpointing": True, "hidden_loss": "plain"}, marks=pytest.mark.slow),
         pytest.param("inductor", {}, marks=pytest.mark.slow),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import json
 import random
@@ -276,7 +277,10 @@ def test_a_whole_file_goes_before_a_sample(tmp_path: Path) -> None:
     assert len(read_rows(tmp_path, "piqa", "validation").rows) == 3
 
 
-def test_unknown_tasks_and_a_hub_that_cannot_be_reached() -> None:
+def test_unknown_tasks_and_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    some = [Path(lm_eval.tasks.__file__).parent / name for name in ("hellaswag", "piqa")]  # the whole index takes seconds
+    index = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False, include_path=some)
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", lambda **_: index())
     with pytest.raises(ConfigError, match=r"--tasks got 'hellaswagg', which lm-evaluation-harness .* did you mean .*hellaswag"):
         load_tasks(("hellaswagg",))
     with pytest.raises(DataError, match=r"--tasks piqa: its rows cannot be had from the hub .* --task-data"):
@@ -374,6 +378,7 @@ def test_options_are_checked(model_folder: Path, monkeypatch: pytest.MonkeyPatch
     model = str(model_folder)
     with pytest.raises(ConfigError, match=r"--resume: no record of .* is kept; give --json FILE"):
         evaluate(model, EvalOptions(tasks=("piqa",), resume=True))
+    assert evaluate(model, EvalOptions(ppl=("pydoc",), windows=1))[0].perplexity  # 1,024 would be more than it reads
     with pytest.raises(ConfigError, match=r"--window got 200; .* reads at most 128 tokens"):
         evaluate(model, EvalOptions(ppl=("pydoc",), window=200))
     with pytest.raises(ConfigError, match=r"--json .* is a folder; give a file name"):

@@ -105,7 +105,7 @@ def miniature(config: PruneConfig, out: str) -> PruneConfig:
     """The options of the rehearsal of a run."""
     batches = min(BATCHES, config.gate_init_batches)
     steps = rehearsal_steps(config)
-    middle = max(1, steps // 2)  # one checkpoint is written on the way, to be timed
+    middle = (steps + 1) // 2  # one checkpoint is written on the way, to be timed
     return config.replace(
         steps=steps, tokens=None, gate_init_batches=batches, out=out, data=("self",), track=(), checkpoint_every=middle
     )

@@ -34,7 +34,7 @@ class EvalOptions:
         ppl: named sets or files for perplexity.
         data_dir: folder of the named sets; the hub without it.
         text_key: field that holds the text in jsonl and parquet files; `text` without it.
-        window: tokens a window; 1,024 without it.
+        window: tokens a window; 1,024 without it, or what the model reads if that is less.
         windows: windows a text; all without it.
         tasks: tasks of the lm-evaluation-harness, or `paper` for the paper's seven.
         task_data: folder of local rows; the hub without it.
@@ -162,6 +162,7 @@ class _Subject:
 
     source: Source
     tokenizer: PreTrainedTokenizerBase
+    window: int
     earlier: dict[Path, Evaluation | None]
     reporter: Reporter
 
@@ -171,10 +172,11 @@ class _Subject:
         earlier = {path: Evaluation.load(path) if path.is_file() else None for path in paths}
         source = Source.find(name)
         config = source.config()
-        longest = getattr(config, "max_position_embeddings", None)
-        if options.ppl and longest is not None and (options.window or WINDOW) > longest:
-            raise ConfigError(f"--window got {options.window or WINDOW}; {name} reads at most {longest} tokens.")
-        return cls(source, source.tokenizer(config.vocab_size), earlier, reporter)
+        longest = getattr(config, "max_position_embeddings", None) or WINDOW
+        if (options.window or 0) > longest:
+            raise ConfigError(f"--window got {options.window}; {name} reads at most {longest} tokens.")
+        window = options.window or min(WINDOW, longest)
+        return cls(source, source.tokenizer(config.vocab_size), window, earlier, reporter)
 
     def begin(self, record: Evaluation) -> None:
         """Takes over the earlier measurements that go together with the new ones."""
@@ -205,7 +207,7 @@ def _measure(
         with reporter.counter(f"{subject.source.name}: perplexity on {title}") as progress:
             found = perplexity(
                 model, subject.tokenizer, text,
-                name=title, joined=joined, window=options.window or WINDOW, windows=options.windows, progress=progress,
+                name=title, joined=joined, window=subject.window, windows=options.windows, progress=progress,
             )  # fmt: skip
         record.perplexity[title] = {**found.to_dict(), "protocol": found.protocol}
         subject.keep(record)
