@@ -113,6 +113,19 @@ def test_broken_records_are_named(content: str, tmp_path: Path) -> None:
         Evaluation.load(tmp_path / "nothing.json")
 
 
+def test_tasks_that_the_dense_model_guesses_stand_apart() -> None:
+    tasks = {"boolq": (0.42, 0.03), "piqa": (0.65, 0.03), "arc": (0.50, 0.03)}
+    dense, pruned = _record("dense", tasks), _record("pruned", tasks | {"boolq": (0.59, 0.03), "arc": (0.40, 0.03)})
+    for record in (dense, pruned):
+        for task, chance in (("boolq", 0.5), ("piqa", 0.5), ("arc", 0.25)):
+            record.tasks[task]["chance"] = chance
+    found = compare([dense, pruned])
+    rows = {row.name: row for row in found.rows}
+    assert rows["average of 3 tasks"].ratio(1) == pytest.approx(1.64 / 1.57)  # more than all of it
+    assert rows["average of the 2 above chance"].ratio(1) == pytest.approx(1.05 / 1.15)
+    assert any(note.startswith("boolq (acc): dense is not two standard errors above chance") for note in found.notes)
+
+
 def test_speed_counts_within_one_session_only() -> None:
     records = [_record(name, {"piqa": (0.5, 0.1)}) for name in ("dense", "pruned", "elsewhere")]
     for record, session, rate in zip(records, ("a", "a", "b"), (10.0, 12.0, 1000.0), strict=True):

@@ -171,7 +171,9 @@ def test_a_task_s_own_worked_examples_never_come_from_what_is_evaluated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The harness's gsm8k shows five examples; without a train file they would be drawn from the rows themselves."""
-    monkeypatch.setitem(KNOWN, "gsm8k", KnownTask("exact_match", "gsm8k", ("question", "answer")))  # spares the whole index
+    monkeypatch.setitem(
+        KNOWN, "gsm8k", KnownTask("exact_match", None, "gsm8k", ("question", "answer"))
+    )  # spares the whole index
     rows = [{"question": f"How many {i}?", "answer": f"{i} #### {i}"} for i in range(8)]
     _write(tmp_path / "gsm8k_test.jsonl", rows)
     with pytest.raises(ConfigError, match=r"no worked examples for task gsm8k: looked for gsm8k_train\.jsonl"):
@@ -349,7 +351,7 @@ def test_models_of_the_hub_are_told_apart(tmp_path: Path, monkeypatch: pytest.Mo
 def test_rows_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A task of the harness that shuffles its choices at every reading must ask and score the same."""
     fields = ("Question", "Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
-    monkeypatch.setitem(KNOWN, "gpqa_main_zeroshot", KnownTask("acc", "gpqa/zeroshot", fields))
+    monkeypatch.setitem(KNOWN, "gpqa_main_zeroshot", KnownTask("acc", 0.25, "gpqa/zeroshot", fields))
     rows = [dict(zip(fields, (f"q {i}", "right", "a", "b", "c"), strict=True)) for i in range(30)]
     _write(tmp_path / "gpqa_main_zeroshot_train.jsonl", rows)
     task = load_tasks(("gpqa_main_zeroshot",), tmp_path)[0].loaded["tasks"]["gpqa_main_zeroshot"]

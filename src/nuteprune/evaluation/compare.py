@@ -44,7 +44,7 @@ class Comparison:
     Attributes:
         models: names.
         rows: measures; the average over tasks comes last where there are at least two.
-        left_out: what could not be compared, and why.
+        left_out: what could not be compared, or means nothing, and why.
     """
 
     models: tuple[str, ...]
@@ -131,7 +131,8 @@ def compare(records: list[Evaluation]) -> Comparison:
     """Compares evaluations; the first is the reference.
 
     The average is over the tasks that all models share under one protocol; "of first" of the average is the ratio of the
-    averages, as the papers report retained quality.
+    averages, as the papers report retained quality. Where the first model only guesses on some tasks there is a second
+    average without them.
 
     Raises:
         ConfigError: fewer than two records, or nothing that two of them share.
@@ -143,10 +144,18 @@ def compare(records: list[Evaluation]) -> Comparison:
     rows += _rows(records, "perplexity", left_out)
     tasks = _rows(records, "tasks", left_out)
     rows += tasks
-    own = {_label(name, entry) for name, entry in records[0].tasks.items() if entry["part_of"] is None}
+    own = {_label(name, entry): entry for name, entry in records[0].tasks.items() if entry["part_of"] is None}
     whole = [row for row in tasks if row.name in own and row.kind == "share" and None not in row.values]
     if len(whole) > 1:
-        rows.append(_average(whole))
+        rows.append(_average(whole, f"average of {len(whole)} tasks"))
+    able = [row for row in whole if _above_chance(own[row.name])]
+    if 0 < len(able) < len(whole):
+        rows.append(_average(able, f"average of the {len(able)} above chance"))
+        guessed = ", ".join(row.name for row in whole if row not in able)
+        left_out.append(
+            f"{guessed}: {short_name(records[0].model)} is not two standard errors above chance there, so what others keep "
+            "of it says nothing about quality."
+        )
     rows += _speed(records, left_out)
     if len(rows) == 1:
         why = f" ({left_out[0]})" if left_out else ""
@@ -190,19 +199,24 @@ def _label(task: str, entry: dict[str, Any]) -> str:
     return f"{task} ({entry['metric']})"
 
 
-def _average(tasks: list[Row]) -> Row:
+def _above_chance(entry: dict[str, Any]) -> bool:
+    """Whether a result is better than guessing by two standard errors; yes where chance is not known."""
+    chance = entry.get("chance")
+    return chance is None or entry["value"] - 2 * (entry["stderr"] or 0.0) > chance
+
+
+def _average(tasks: list[Row], name: str) -> Row:
     """The mean over tasks, with its standard error (tasks are independent of each other)."""
-    count = len(tasks)
     columns = range(len(tasks[0].values))
-    values = tuple(sum(row.values[i] or 0.0 for row in tasks) / count for i in columns)
+    values = tuple(sum(row.values[i] or 0.0 for row in tasks) / len(tasks) for i in columns)
     errors = tuple(
         None
         if any(row.stderr[i] is None for row in tasks)
-        else math.sqrt(sum((row.stderr[i] or 0.0) ** 2 for row in tasks)) / count
+        else math.sqrt(sum((row.stderr[i] or 0.0) ** 2 for row in tasks)) / len(tasks)
         for i in columns
     )
-    protocol = "mean over the tasks that all have; what is retained of it is the ratio of the means"
-    return Row(f"average of {count} tasks", values, errors, "share", protocol)
+    protocol = "mean over tasks that all have; what is retained of it is the ratio of the means"
+    return Row(name, values, errors, "share", protocol)
 
 
 def _speed(records: list[Evaluation], left_out: list[str]) -> list[Row]:

@@ -51,6 +51,7 @@ class TaskScore:
         fewshot: worked examples in the prompt.
         version: the harness's version of the task.
         protocol: one line that says how the number came about.
+        chance: the share that guessing gets right, where it is known.
         part_of: the group that was asked for and that this task belongs to, or None.
     """
 
@@ -65,6 +66,7 @@ class TaskScore:
     fewshot: int
     version: str
     protocol: str
+    chance: float | None
     part_of: str | None
 
     def to_dict(self) -> dict[str, Any]:
@@ -403,6 +405,7 @@ class Harness:
             fewshot=max(task.loaded["tasks"][member].config.num_fewshot for member in members),
             version=number,
             protocol=task.protocol(name, limit, self._batch_size),
+            chance=KNOWN[name].chance if name in KNOWN else None,
             part_of=None if name == task.name else task.name,
         )
 

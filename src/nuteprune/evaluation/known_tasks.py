@@ -16,6 +16,7 @@ class KnownTask:
     Attributes:
         metric: the one of its metrics that papers on structured pruning report: LLM-Pruner's choice
             (github.com/horseee/LLM-Pruner, issue 25), which NutePrune's tables follow.
+        chance: the share that guessing gets right; None where there are no choices.
         folder: where the harness keeps the task, below its own `tasks`.
         fields: what its prompt and answer are made of.
         names: beginnings of file names, besides the task's own name.
@@ -23,6 +24,7 @@ class KnownTask:
     """
 
     metric: str
+    chance: float | None
     folder: str
     fields: tuple[str, ...]
     names: tuple[str, ...] = ()
@@ -42,14 +44,14 @@ def _boolean(value: Any) -> bool:
 
 _QUESTION = ("question", "choices", "answerKey")
 KNOWN = {
-    "boolq": KnownTask("acc", "super_glue/boolq", ("passage", "question", "label"), adapt=_boolq),
-    "piqa": KnownTask("acc", "piqa", ("goal", "sol1", "sol2", "label")),
-    "hellaswag": KnownTask("acc_norm", "hellaswag", ("activity_label", "ctx_a", "ctx_b", "endings", "label")),
-    "winogrande": KnownTask("acc", "winogrande", ("sentence", "option1", "option2", "answer"), ("winogrande_xl",)),
-    "arc_easy": KnownTask("acc", "arc", _QUESTION),
-    "arc_challenge": KnownTask("acc_norm", "arc", _QUESTION),
-    "openbookqa": KnownTask("acc_norm", "openbookqa", ("question_stem", "choices", "answerKey")),
-    "lambada_openai": KnownTask("acc", "lambada", ("text",), ("lambada",)),
-    "lambada_standard": KnownTask("acc", "lambada", ("text",)),  # another edition of the text than OpenAI's
+    "boolq": KnownTask("acc", 0.5, "super_glue/boolq", ("passage", "question", "label"), adapt=_boolq),
+    "piqa": KnownTask("acc", 0.5, "piqa", ("goal", "sol1", "sol2", "label")),
+    "hellaswag": KnownTask("acc_norm", 0.25, "hellaswag", ("activity_label", "ctx_a", "ctx_b", "endings", "label")),
+    "winogrande": KnownTask("acc", 0.5, "winogrande", ("sentence", "option1", "option2", "answer"), ("winogrande_xl",)),
+    "arc_easy": KnownTask("acc", 0.25, "arc", _QUESTION),
+    "arc_challenge": KnownTask("acc_norm", 0.25, "arc", _QUESTION),
+    "openbookqa": KnownTask("acc_norm", 0.25, "openbookqa", ("question_stem", "choices", "answerKey")),
+    "lambada_openai": KnownTask("acc", None, "lambada", ("text",), ("lambada",)),
+    "lambada_standard": KnownTask("acc", None, "lambada", ("text",)),  # another edition of the text than OpenAI's
 }
 PAPER = tuple(list(KNOWN)[:7])  # the seven tasks of the paper's tables

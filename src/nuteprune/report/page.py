@@ -125,7 +125,9 @@ def _tiles(facts: RunFacts) -> list[tuple[str, str, str]]:
         tiles.append(("expected sparsity", sparsity, f"target now {100 * last['target_sparsity']:.2f} %"))
         if last["kl"] is not None:
             tiles.append(("KL to the teacher", f"{last['kl']:.3f}", f"nats a token; teacher {last['teacher']}"))
-    for row in facts.comparison.rows if facts.comparison is not None else ():
+    rows = facts.comparison.rows if facts.comparison is not None else ()
+    averages = [row for row in rows if row.name.startswith("average")][:-1]  # the last one leaves out guessed tasks
+    for row in (row for row in rows if row not in averages):
         ratio = row.ratio(1)
         if ratio is None:
             continue
