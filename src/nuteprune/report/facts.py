@@ -221,9 +221,10 @@ class RunFacts:
         if not records:
             who = "the intact model" if intact else "no teacher"
             return f"{who[0].upper()}{who[1:]} served in all {len(self.steps):,} steps."
+        last = "the intact model" if stretches[-1][0] == "intact" else stretches[-1][0]
         return (
             f"{records} snapshots of the run served as teachers in {sum(shares):,} of {len(self.steps):,} steps, the intact "
-            f"model in {intact:,}; {stretches[-1][0]} was the last."
+            f"model in {intact:,}; the last was {last}."
         )
 
     def lines(self) -> list[Line]:

@@ -73,14 +73,19 @@ def _write(facts: RunFacts, reporter: Reporter, refresh: int | None) -> Path:
             }
             drawn.append({"name": picture.name, "title": picture.title, "text": picture.text, **variants})
             progress(done, len(found))
-    template = jinja2.Environment(
-        loader=jinja2.PackageLoader("nuteprune.report"), autoescape=True, undefined=jinja2.StrictUndefined
-    ).get_template("page.html.j2")
+    loader = jinja2.PackageLoader("nuteprune.report")
+    templates = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
+    templates.filters["together"] = _together
     page = run / FOLDER / PAGE
-    save_text(page, template.render(_values(facts, drawn, None if facts.complete else refresh)))
+    save_text(page, templates.get_template("page.html.j2").render(_values(facts, drawn, None if facts.complete else refresh)))
     if facts.complete and facts.masks is not None:
         save_text(run / MODEL / "README.md", model_card(facts))
     return page
+
+
+def _together(text: str) -> str:
+    """Keeps a number and its sign on one line: spaces that do not break."""
+    return text.replace(" %", "\N{NO-BREAK SPACE}%").replace("± ", "±\N{NO-BREAK SPACE}").replace("x ", "x\N{NO-BREAK SPACE}")
 
 
 def _data(svg: bytes) -> str:
@@ -139,7 +144,7 @@ def _tiles(facts: RunFacts) -> list[tuple[str, str, str]]:
         before, after = f.dense.perplexity, f.pruned.perplexity
         tiles.append(("perplexity, held-out text", f"x {number(after / before)}", f"{number(before)} to {number(after)}"))
     if f is not None:
-        tiles.append(("training", f"{f.tokens:,} tokens", f"{duration(f.seconds)} of steps"))
+        tiles.append(("training tokens", f"{f.tokens:,}", f"{duration(f.seconds)} of steps"))
     return tiles
 
 
