@@ -247,6 +247,16 @@ def test_what_makes_memory_grow_and_shrink(small_run: PruneConfig) -> None:
     assert peak(hidden_loss="plain") > peak() > peak(teachers="none")
 
 
+def test_the_end_of_a_run_counts(small_run: PruneConfig) -> None:
+    """The pruned model in the precision of its file is loaded for the last evaluation; it may be the largest thing of all."""
+    dense = tiny_config(num_hidden_layers=2, hidden_size=512, intermediate_size=4096, head_dim=128)
+    arch = Arch.from_config(dense)
+    config = small_run.replace(batch_size=1, seq_len=8, sparsity=0.1, lora_rank=1)
+    half, whole = (step_cost(config.replace(save_dtype=name), dense, arch, torch.bfloat16) for name in ("bfloat16", "float32"))
+    assert whole.final - half.final >= 2 * int(0.9 * arch.total)
+    assert whole.peak == whole.final > half.peak
+
+
 @pytest.mark.parametrize(
     ("layers", "total"), [(2, 666_914_816), pytest.param(32, 6_738_415_616, marks=pytest.mark.slow, id="whole")]
 )
