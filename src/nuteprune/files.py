@@ -68,6 +68,12 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def unwritable_parent(path: Path) -> Path | None:
+    """The nearest folder above a path that is there, if nothing can be written to it; None if all is well."""
+    parent = next(p for p in path.absolute().parents if p.exists())
+    return None if parent.is_dir() and os.access(parent, os.W_OK) else parent
+
+
 def check_output(option: str, path: Path | None) -> None:
     """Refuses an output file that cannot be written, before the work that it is for.
 
@@ -78,8 +84,7 @@ def check_output(option: str, path: Path | None) -> None:
         return
     if path.is_dir():
         raise ConfigError(f"{option} {path} is a folder; give a file name.")
-    parent = next(p for p in path.absolute().parents if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
+    if (parent := unwritable_parent(path)) is not None:
         raise ConfigError(f"{option} {path} cannot be written: {parent} is not a folder that can be written to.")
 
 

@@ -7,7 +7,6 @@ result.json.
 from __future__ import annotations
 
 import dataclasses
-import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,7 +27,7 @@ from nuteprune.environment import environment
 from nuteprune.errors import ConfigError, TrainingError
 from nuteprune.evaluation.perplexity import Perplexity, blocks_perplexity
 from nuteprune.export.hf import Equality, check_equal, write_folder
-from nuteprune.files import atomic_folder, save_json, save_tensors, save_text
+from nuteprune.files import atomic_folder, save_json, save_tensors, save_text, unwritable_parent
 from nuteprune.masking import LoraOptions
 from nuteprune.models import DTYPES, Source, describe, pick_device, pick_dtype
 from nuteprune.progress import MetricsFile, Reporter
@@ -125,8 +124,7 @@ def check_folder(run: Path) -> None:
     if run.is_dir() and any(run.iterdir()):
         hint = f"go on with it by nuteprune resume {run}, or " if (run / CONFIG).exists() else ""
         raise ConfigError(f"--out {run} is not empty; {hint}give another folder.")
-    parent = next(p for p in run.absolute().parents if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
+    if (parent := unwritable_parent(run)) is not None:
         raise ConfigError(f"--out {run} cannot be made: {parent} is not a folder that can be written to.")
 
 

@@ -1,7 +1,8 @@
 """Running a function in a fresh process and reading that process's peak memory.
 
 A process of its own makes the figure one of the function alone: neither what the caller holds nor what its allocator
-kept of earlier work is in it.
+kept of earlier work is in it. Call and answer are pickled through pipes between the two; no pickle is written to or read
+from a file.
 """
 
 from __future__ import annotations
