@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 
-from nuteprune.arch import Arch
+from nuteprune.arch import Arch, Linear
 from nuteprune.config import PruneConfig
 from nuteprune.data import Blocks
 from nuteprune.files import save_tensors
@@ -46,7 +46,7 @@ def plain_step(config: PruneConfig, load: Load) -> Callable[[], None]:
     model, arch, device = load(config)
     targets = list(config.lora_targets)
     if targets == ["all"]:
-        targets = [path.rpartition(".")[2] for path in arch.spec.block if path.endswith("_proj")]
+        targets = [path.rpartition(".")[2] for path, part in arch.spec.block.items() if isinstance(part, Linear)]
     model = get_peft_model(model, LoraConfig(r=config.lora_rank, lora_alpha=int(config.alpha), target_modules=targets))
     model.train()
     if config.gradient_checkpointing:

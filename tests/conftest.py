@@ -22,13 +22,29 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from nuteprune.arch import Arch
 from nuteprune.config import PruneConfig
-from nuteprune.masks import Masks, unit_shapes
+from nuteprune.masks import Masks, mask_shapes
 
 torch.set_num_threads(2)
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
 KINDS = ("heads", "intermediate", "hidden")
 WORDS = "the cat sat on a mat and saw one red dog run over two green hills while it rained all day long".split()
+
+
+# What the tiny model of a family needs beside the common sizes; None takes a common value away.
+FAMILY_VALUES: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": None},
+    "gemma2": {"query_pre_attn_scalar": 8, "sliding_window": 8},
+    "gemma3_text": {"query_pre_attn_scalar": 8, "sliding_window": 8, "sliding_window_pattern": 2},
+    "granite": {
+        "embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.7, "attention_multiplier": 0.3,
+    },
+    "smollm3": {"no_rope_layer_interval": 2},
+    "opt": {
+        "ffn_dim": 48, "intermediate_size": None, "num_key_value_heads": None, "head_dim": None, "rms_norm_eps": None,
+        "dropout": 0.1,
+    },
+}  # fmt: skip
 
 
 def tiny_config(family: str = "llama", **changes: Any) -> Any:
@@ -48,8 +64,8 @@ def tiny_config(family: str = "llama", **changes: Any) -> Any:
         "eos_token_id": 1,
         "pad_token_id": 1,
     }
-    if family == "mistral":
-        values["sliding_window"] = None
+    own = FAMILY_VALUES.get(family, {})
+    values = {k: v for k, v in values.items() if own.get(k, v) is not None} | {k: v for k, v in own.items() if k not in values}
     return AutoConfig.for_model(family, **{**values, **changes})
 
 
@@ -67,13 +83,14 @@ def tiny_model(config: Any, seed: int = 0, dtype: torch.dtype = torch.float32) -
 
 
 def random_masks(arch: Arch, seed: int = 0, kinds: tuple[str, ...] = KINDS, soft: bool = True) -> Masks:
-    """Masks with about a third of the units removed and soft values elsewhere."""
+    """Masks with about a third of the units removed and soft values elsewhere; KV groups are the unit of heads."""
     generator = torch.Generator().manual_seed(seed)
     made = {}
-    for kind, shape in unit_shapes(arch.dims).items():
-        value = 0.3 + 0.7 * torch.rand(shape, generator=generator) if soft else torch.ones(shape)
-        keep = torch.rand(shape, generator=generator) > 0.35
-        made[kind] = value * keep if kind in kinds else torch.ones(shape)
+    for kind, shape in mask_shapes(arch.dims).items():
+        drawn = (*shape[:2], 1) if kind == "heads" else shape
+        value = 0.3 + 0.7 * torch.rand(drawn, generator=generator) if soft else torch.ones(drawn)
+        keep = torch.rand(drawn, generator=generator) > 0.35
+        made[kind] = (value * keep).expand(shape).clone() if kind in kinds else torch.ones(shape)
     return Masks(**made)
 
 

@@ -5,122 +5,174 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import KINDS, random_masks, tiny_config, tiny_model
+from conftest import random_masks, tiny_config, tiny_model
 from safetensors.torch import load_file
 
-from nuteprune.arch import FAMILIES, Arch
+from nuteprune.arch import Arch
+from nuteprune.arrangement import Arrangement
 from nuteprune.compact import Compactor
-from nuteprune.errors import ArchitectureError
-from nuteprune.export.hf import build_compact, check_equal, write_folder
-from nuteprune.files import stream_tensors
+from nuteprune.errors import ExportError
+from nuteprune.export.hf import build_compact, check_equal, compact_config, is_stock, write_folder
+from nuteprune.families import FAMILIES
 from nuteprune.masking import LoraOptions, MaskedModel
 from nuteprune.masks import Masks
-from nuteprune.models import load
-from nuteprune.sparsity import BlockSize
+from nuteprune.models import Source
+from nuteprune.precision import WithoutRounding
+from nuteprune.size import BlockSize
 
 MHA = {"num_key_value_heads": 4}
 UNTIED = {"tie_word_embeddings": False}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LONG = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 3, "long_factor": [2.0] * 3}
+MIXED = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}
+
+# One row a family and variant: grouped heads and tied head if nothing else is said.
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("llama", {}),
     ("llama", MHA | UNTIED),
     ("llama", {"attention_bias": True, "mlp_bias": True}),
-    ("llama", {"hidden_size": 40, "head_dim": 8, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}),
+    ("llama", {"hidden_size": 40, "rope_parameters": LLAMA3 | {"original_max_position_embeddings": 32}}),
     ("mistral", {}),
-    ("mistral", MHA | UNTIED),
+    ("mistral", MHA | UNTIED | {"sliding_window": 8}),
     ("qwen2", {}),
     ("qwen2", MHA | UNTIED),
+    ("qwen2", MIXED),
     ("qwen3", {}),
-    ("qwen3", MHA | UNTIED),
+    ("qwen3", MHA | UNTIED | {"attention_bias": True}),
+    ("qwen3", MIXED),
+    ("gemma2", {}),
+    ("gemma2", MHA | UNTIED | {"attention_bias": True, "final_logit_softcapping": None}),
+    ("gemma3_text", {}),
+    ("gemma3_text", MHA | UNTIED | {"final_logit_softcapping": 3.0}),
+    ("phi3", {}),
+    ("phi3", MHA | UNTIED | {"sliding_window": 8}),
+    ("phi3", {"rope_parameters": LONG | {"partial_rotary_factor": 0.75}, "original_max_position_embeddings": 64}),
+    ("olmo2", {}),
+    ("olmo2", MHA | UNTIED),
+    ("olmo2", {"attention_bias": True}),
+    ("smollm3", {}),
+    ("smollm3", MHA | UNTIED | {"attention_bias": True, "mlp_bias": True}),
+    ("granite", {}),
+    ("granite", MHA | UNTIED | {"attention_bias": True, "mlp_bias": True}),
+    ("opt", {}),
+    ("opt", UNTIED | {"enable_bias": False}),
 ]
+HEAD_UNITS = ("group", "query")
 
 
 def test_every_family_has_a_row() -> None:
     assert {family for family, _ in CASES} == set(FAMILIES)
 
 
-def _masked(config: Any, dtype: torch.dtype) -> tuple[MaskedModel, Arch]:
+def masked_model(config: Any, dtype: torch.dtype = torch.float32, kinds: tuple[str, ...] | None = None) -> MaskedModel:
+    """A tiny model under masks, with LoRA weights that do something."""
     arch = Arch.from_config(config)
-    masked = MaskedModel(tiny_model(config, dtype=dtype), arch, KINDS, LoraOptions(2, 0.7))
+    masked = MaskedModel(tiny_model(config, dtype=dtype), arch, kinds or prunable(arch), LoraOptions(2, 0.7))
     generator = torch.Generator().manual_seed(5)
     for parameter in masked.lora.values():
         parameter.data.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
-    return masked, arch
+    return masked
 
 
-def _masks(arch: Arch, seed: int) -> Masks:
-    """Random masks in which a layer loses all heads and another all channels, where no bias forbids it."""
-    masks = random_masks(arch, seed)
-    masks.heads[2, 0] = masks.heads[2, 0].clamp_min(0.5)
-    for index in range(arch.dims.layers):
-        masks.intermediate[index, 0] = 0.7
-        if arch.block_has_output_bias("self_attn"):
-            masks.heads[index, 0] = 0.8
-    if not arch.block_has_output_bias("self_attn"):
-        masks.heads[0] = 0.0
-    if not arch.block_has_output_bias("mlp"):
-        masks.intermediate[1] = 0.0
+def prunable(arch: Arch) -> tuple[str, ...]:
+    """Units that the family can be pruned of."""
+    return tuple(k for k in ("heads", "intermediate", "hidden", "attention", "mlp") if k not in arch.spec.fixed)
+
+
+def contract_masks(arch: Arch, seed: int, head_unit: str = "group") -> Masks:
+    """Random soft masks of every unit; a layer loses its attention, another its MLP, and one both.
+
+    Where no bias forbids it, by losing their last unit; else by the block's own mask. With query heads as the unit, every
+    group keeps as many as the others of its layer.
+    """
+    masks = random_masks(arch, seed, prunable(arch))
+    dims = arch.dims
+    generator = torch.Generator().manual_seed(seed + 1)
+    if head_unit == "query":
+        value = 0.3 + 0.7 * torch.rand(masks.heads.shape, generator=generator)
+        order = torch.rand(masks.heads.shape, generator=generator).argsort(-1)
+        left = torch.randint(1, dims.queries + 1, (dims.layers, 1, 1), generator=generator)
+        masks.heads.copy_(value * (order < left))
+    masks.attention.copy_(0.3 + 0.7 * torch.rand(dims.layers, generator=generator))
+    masks.mlp.copy_(0.3 + 0.7 * torch.rand(dims.layers, generator=generator))
+    masks.heads[:, 0] = masks.heads[:, 0].clamp_min(0.4) if head_unit == "group" else masks.heads[:, 0]
+    masks.intermediate[:, 0] = 0.7
+    (masks.attention if arch.has_output_bias("attention") or head_unit == "query" else masks.heads)[0] = 0.0
+    (masks.mlp if arch.has_output_bias("mlp") else masks.intermediate)[1] = 0.0
+    if dims.layers > 3:
+        masks.attention[2] = masks.mlp[2] = 0.0
     return masks
 
 
 @pytest.mark.parametrize(("family", "changes"), CASES)
-def test_masked_equals_compact_everywhere(family: str, changes: dict[str, Any], tmp_path: Path) -> None:
-    config = tiny_config(family, **changes)
+@pytest.mark.parametrize("head_unit", HEAD_UNITS)
+def test_masked_equals_compact_everywhere(family: str, changes: dict[str, Any], head_unit: str, tmp_path: Path) -> None:
+    config = tiny_config(family, num_hidden_layers=5, **changes)
     ids = torch.randint(2, 96, (2, 20), generator=torch.Generator().manual_seed(1))
+    masked = masked_model(config, torch.float64)
+    arch = masked.arch
+    if head_unit == "query" and arch.dims.queries == 1:
+        pytest.skip("one query head a group")
+    masks = contract_masks(arch, 3, head_unit)
 
-    masked, arch = _masked(config, torch.float64)
-    masks = _masks(arch, 3)
-    masked.set_masks(masks)
-    exact = masked.logits(ids)
-    compact = build_compact(Compactor(masked, masks), config)
-    with torch.no_grad():
-        # stock RMSNorm computes in float32 even in a float64 model, which bounds this
-        assert (compact(ids).logits - exact).abs().max() < 1e-4
+    masked.set_masks(None)
+    with torch.no_grad(), masked.role(None, None):  # the intact model is the stock one, with its logits' scale and cap
+        assert torch.allclose(masked.logits(ids), masked.model(ids).logits, atol=1e-12, rtol=0)
+    with torch.no_grad(), WithoutRounding():
+        masked.set_masks(masks)
+        exact = masked.logits(ids)
+        compact = build_compact(Compactor(masked, masks), config).double()  # the rotary frequencies too, as in the other
+        assert (compact(ids).logits - exact).abs().max() < 1e-9
 
-    masked, arch = _masked(config, torch.float32)
+    masked = masked_model(config)
     masked.set_masks(masks)
     compactor = Compactor(masked, masks)
     compact = build_compact(compactor, config)
     assert (compact(ids).logits - masked.logits(ids)).abs().max() < 1e-4
     before = [(p.data_ptr(), p.dtype) for p in masked.model.parameters()]
-    for dtype in (torch.float32, torch.float64):
+    for dtype, limit in ((torch.float32, 1e-4), (torch.float64, 1e-9)):
         equality = check_equal(masked, masks, config, ids, dtype)  # layer by layer
-        assert equality.largest < 1e-4
+        assert equality.largest < limit
         assert equality.scale > 0.1  # the comparison is not of zeros
     assert [(p.data_ptr(), p.dtype) for p in masked.model.parameters()] == before
 
-    with write_folder(tmp_path / "m", compactor, config, _NoTokenizer(), masked.model.generation_config):  # type: ignore[arg-type]
-        pass
+    save(tmp_path / "m", compactor, config)
     stored = load_file(tmp_path / "m/model.safetensors")
     assert sum(t.numel() for n, t in stored.items() if ".layers." in n) == BlockSize.of(arch).of_masks(masks)
+    assert compactor.kept_layers == (0, 1, 3, 4)  # layer 2 lost both blocks
 
     with torch.no_grad():
         reference = compact(ids).logits
-        ours = _load(tmp_path / "m")
+        ours = load(tmp_path / "m")
         assert torch.equal(ours(ids).logits, reference)
-        again = tmp_path / "again"
-        ours.save_pretrained(again)
-        assert torch.equal(_load(again)(ids).logits, reference)
-        _check_generation(ours, ids)
+        ours.save_pretrained(tmp_path / "again")
+        assert torch.equal(load(tmp_path / "again")(ids).logits, reference)
+        check_generation(ours, ids)
 
 
-class _NoTokenizer:
+class NoTokenizer:
     def save_pretrained(self, folder: Path) -> None:
         """Models are tested without one here."""
 
 
-def _load(folder: Path) -> Any:
-    from nuteprune.models import Source
+def save(folder: Path, compactor: Compactor, config: Any, **more: Any) -> None:
+    """Writes a compact model."""
+    with write_folder(folder, compactor, config, NoTokenizer(), compactor.masked.model.generation_config, **more):  # type: ignore[arg-type]
+        pass
 
+
+def load(folder: Path) -> Any:
+    """The model as `nuteprune.load` loads it."""
     return Source.find(str(folder)).model(torch.device("cpu"), torch.float32)
 
 
-def _check_generation(model: Any, ids: torch.Tensor) -> None:
+def check_generation(model: Any, ids: torch.Tensor) -> None:
     """Cached = uncached, and left padding changes nothing."""
     settings = {"do_sample": False, "max_new_tokens": 8, "min_new_tokens": 8, "pad_token_id": 1}
     cached = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
@@ -134,15 +186,74 @@ def _check_generation(model: Any, ids: torch.Tensor) -> None:
     assert torch.equal(together[1, 20:], alone[0, short.shape[1] :])
 
 
-def test_loads_without_nuteprune(tmp_path: Path) -> None:
-    """A process that cannot import nuteprune loads the folder as remote code, and refuses it without."""
-    config = tiny_config()
-    masked, arch = _masked(config, torch.float32)
-    masks = _masks(arch, 4)
+@pytest.mark.parametrize(("family", "changes"), CASES)
+def test_roles_run_narrow_as_they_run_whole(family: str, changes: dict[str, Any]) -> None:
+    """What recovery computes at the width that is left is what the masks mean, and the base weights come back."""
+    masked = masked_model(tiny_config(family, **changes))
+    arch, ids = masked.arch, torch.randint(2, 96, (2, 12), generator=torch.Generator().manual_seed(1))
+    student, teacher = contract_masks(arch, 3), random_masks(arch, 8, prunable(arch))
+    every = {id(p): p.detach().clone() for p in masked.model.parameters()}
+    lora = masked.lora_copy()
+    with torch.no_grad():
+        wanted = []
+        for masks in (student, teacher, None):
+            with masked.role(masks, lora):
+                wanted.append(masked.logits(ids))
+        masked.arrange(Arrangement.of(arch.dims, arch.spec.narrow, student, [teacher]))
+        for masks, reference in zip((student, teacher, None), wanted, strict=True):
+            with masked.role(masks, lora):
+                assert torch.allclose(masked.logits(ids), reference, atol=2e-4)
+        masked.restore()
+    assert all(torch.equal(every[id(p)], p) for p in masked.model.parameters())
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_like_layers_make_a_stock_model(family: str, tmp_path: Path) -> None:
+    """Uniform widths and fewer layers: the family's own class (or its twin's), without code in the folder."""
+    config = tiny_config(family, num_hidden_layers=4)
+    masked = masked_model(config)
+    arch = masked.arch
+    masks = Masks.ones(arch.dims, torch.device("cpu"))
+    if "heads" in arch.spec.narrow or family != "opt":
+        masks.heads[:, 1] = 0.0
+        masks.heads[:, 0] = 0.8
+    masks.intermediate[:, :16] = 0.0
+    masks.intermediate[0, :] = masks.intermediate[0].flip(0)
+    masks.attention[1] = masks.mlp[1] = 0.0
+    if "hidden" not in arch.spec.fixed:
+        masks.hidden[[3, 5, 7, 20]] = 0.0
+        masks.hidden[9] = 0.6
     compactor = Compactor(masked, masks)
+    assert is_stock(compact_config(config, arch, compactor.counts))
+    ids = torch.randint(2, 96, (2, 12), generator=torch.Generator().manual_seed(1))
+    assert check_equal(masked, masks, config, ids, torch.float64).largest < 1e-9
+    save(tmp_path / "m", compactor, config)
+    assert not (tmp_path / "m/modeling_nuteprune.py").exists()
+    with torch.no_grad():
+        masked.set_masks(masks)
+        stock = load(tmp_path / "m")
+        assert type(stock).__module__.startswith("transformers.models.")
+        assert (stock(ids).logits - masked.logits(ids)).abs().max() < 1e-4
+    check_generation(stock, torch.randint(2, 96, (2, 20), generator=torch.Generator().manual_seed(2)))
+
+
+def test_a_hidden_size_that_heads_do_not_divide_takes_the_twin() -> None:
+    arch = Arch.from_config(config := tiny_config())
+    masks = Masks.ones(arch.dims, torch.device("cpu"))
+    masks.hidden[0] = 0.0
+    assert compact_config(config, arch, masks.counts()).model_type == "mistral"
+    gemma = tiny_config("gemma2")  # has no twin: its own code
+    assert compact_config(gemma, Arch.from_config(gemma), masks.counts()).model_type == "nuteprune_gemma2"
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_loads_without_nuteprune(family: str, tmp_path: Path) -> None:
+    """A process that cannot import nuteprune loads the folder as remote code, and refuses it without."""
+    config = tiny_config(family)
+    masked = masked_model(config)
+    compactor = Compactor(masked, contract_masks(masked.arch, 4))
     compact = build_compact(compactor, config)
-    with write_folder(tmp_path / "m", compactor, config, _NoTokenizer(), masked.model.generation_config):  # type: ignore[arg-type]
-        pass
+    save(tmp_path / "m", compactor, config)
     ids = [[5, 6, 7, 8, 9]]
     script = f"""
 import sys; sys.modules["nuteprune"] = None
@@ -165,100 +276,29 @@ with torch.no_grad():
     assert torch.allclose(torch.tensor(json.loads(done.stdout)), expected, atol=1e-6)
 
 
-def test_load_by_path_gives_model_and_tokenizer(model_folder: Path) -> None:
-    model, tokenizer = load(model_folder)
-    assert model.config.model_type == "llama"
-    assert len(tokenizer) <= model.config.vocab_size
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"heads": [(1, 0, 0)]}, r"KV groups of layer 1 keep \[1, 2\] query heads"),
+        ({"hidden": [slice(None)]}, "keep no hidden channel"),
+        ({"attention": [slice(None)]}, "no layer with full attention is left"),
+    ],
+)
+def test_masks_that_no_model_can_equal_are_refused(change: dict[str, list[Any]], text: str) -> None:
+    masked = masked_model(tiny_config())
+    masks = Masks.ones(masked.arch.dims, torch.device("cpu"))
+    for kind, places in change.items():
+        for place in places:
+            getattr(masks, kind)[place] = 0.0
+    with pytest.raises(ExportError, match=text):
+        Compactor(masked, masks)
 
 
-def test_unknown_family_is_refused_by_name() -> None:
-    from transformers import GPT2Config
-
-    with pytest.raises(ArchitectureError, match=r"'gpt2' is not supported; supported are llama, mistral, qwen2, qwen3"):
-        Arch.from_config(GPT2Config(n_layer=1, n_head=2, n_embd=8))
-
-
-def test_undescribed_weights_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    import nuteprune.arch as arch_module
-
-    spec = FAMILIES["qwen3"]
-    block = {k: v for k, v in spec.block.items() if k != "self_attn.q_norm"}
-    monkeypatch.setitem(arch_module.FAMILIES, "qwen3", arch_module.ArchSpec("qwen3", block))
-    with pytest.raises(ArchitectureError, match=r"self_attn.q_norm.weight of shape \[8\]"):
-        Arch.from_config(tiny_config("qwen3"))
-
-
-def test_mixed_attention_layers_are_refused() -> None:
-    with pytest.raises(ArchitectureError, match="use_sliding_window"):
-        Arch.from_config(tiny_config("qwen2", use_sliding_window=True, max_window_layers=1))
-
-
-def test_export_and_comparison_hold_one_layer_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = tiny_config()
-    masked, arch = _masked(config, torch.float32)
-    masks, made = _masks(arch, 3), []
-    cut = Compactor._cut
-
-    def watched(self: Compactor, *args: Any) -> torch.Tensor:
-        tensor = cut(self, *args)
-        made.append(weakref.ref(tensor))
-        alive.append(sum(r() is not None for r in made))
-        return tensor
-
-    monkeypatch.setattr(Compactor, "_cut", watched)
-    alive: list[int] = []
-    with write_folder(tmp_path / "m", Compactor(masked, masks), config, _NoTokenizer(), None):  # type: ignore[arg-type]
-        assert len(alive) > 10  # matrices of three layers
-        assert max(alive) <= 2  # one on its way to the file, the next being made
-    alive.clear()
-    check_equal(masked, masks, config, torch.randint(2, 96, (2, 20)))
-    assert len(alive) > 10
-    assert max(alive) <= 8  # seven matrices a layer, and the head's rows
-
-
-def test_large_models_are_split_over_files(tmp_path: Path) -> None:
-    config = tiny_config(tie_word_embeddings=False)
-    masked, arch = _masked(config, torch.float32)
-    compactor = Compactor(masked, _masks(arch, 3), torch.bfloat16)
-    with write_folder(tmp_path / "m", compactor, config, _NoTokenizer(), None, max_shard=6_000):  # type: ignore[arg-type]
-        pass
-    files = sorted(p.name for p in (tmp_path / "m").glob("*.safetensors"))
-    assert len(files) > 2
-    index = json.loads((tmp_path / "m/model.safetensors.index.json").read_text())
-    assert set(index["weight_map"].values()) == set(files)
-    stored = {name: t for file in files for name, t in load_file(tmp_path / "m" / file).items()}
-    assert index["metadata"]["total_size"] == sum(t.nbytes for t in stored.values())
-    for name, tensor in compactor.tensors():
-        assert torch.equal(stored[name], tensor), name
-    ids = torch.randint(2, 96, (1, 9))
-    with torch.no_grad():
-        assert torch.equal(_load(tmp_path / "m")(ids).logits, build_compact(compactor, config).float()(ids).logits)
-
-
-def test_a_folder_whose_writing_fails_leaves_the_older_one(tmp_path: Path) -> None:
-    config = tiny_config()
-    masked, arch = _masked(config, torch.float32)
-    compactor = Compactor(masked, _masks(arch, 3))
-
-    def write(fail: bool) -> None:
-        with write_folder(tmp_path / "m", compactor, config, _NoTokenizer(), None):  # type: ignore[arg-type]
-            if fail:
-                raise RuntimeError("stopped")
-
-    write(False)
-    before = (tmp_path / "m/model.safetensors").read_bytes()
-    with pytest.raises(RuntimeError, match="stopped"):
-        write(True)
-    assert (tmp_path / "m/model.safetensors").read_bytes() == before
-    assert [p.name for p in tmp_path.iterdir()] == ["m"]
-
-
-def test_streamed_file_refuses_what_was_not_announced(tmp_path: Path) -> None:
-    shapes = {"a": torch.Size([2, 3]), "b": torch.Size([])}
-    tensors = {"a": torch.randn(2, 3), "b": torch.tensor(4.0)}
-    stream_tensors(tmp_path / "x", shapes, torch.float32, tensors.items())
-    assert all(torch.equal(t, tensors[name]) for name, t in load_file(tmp_path / "x").items())
-    with pytest.raises(ValueError, match=r"tensor a \[2, 2\] came where a \[2, 3\] was due"):
-        stream_tensors(tmp_path / "x", shapes, torch.float32, {"a": torch.zeros(2, 2)}.items())
-    with pytest.raises(ValueError, match="tensor b is missing"):
-        stream_tensors(tmp_path / "x", shapes, torch.float32, {"a": torch.zeros(2, 3)}.items())
+def test_a_bias_without_a_unit_is_refused() -> None:
+    masked = masked_model(tiny_config(mlp_bias=True))
+    masks = Masks.ones(masked.arch.dims, torch.device("cpu"))
+    masks.intermediate[2] = 0.0
+    with pytest.raises(ExportError, match="the mlp of layer 2 has no unit left, but its bias remains"):
+        Compactor(masked, masks)
+    masks.mlp[2] = 0.0
+    Compactor(masked, replace(masks))

@@ -9,12 +9,12 @@ their walk back to the intact model, run at their own size without a copy of any
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from nuteprune.arch import Axis, Dims
+from nuteprune.arch import Axis, Dim, Dims
 from nuteprune.masks import Masks
 
 ALIGN = 32  # intermediate widths of a role are rounded up to it
@@ -39,25 +39,29 @@ class Arrangement:
 
     Attributes:
         dims: sizes of the dense model.
+        narrow: unit kinds that a role can compute in part (`ArchSpec.narrow`); the others keep their order and width.
         heads: KV groups in order, int64 [layers, groups].
         intermediate: channels in order, int64 [layers, intermediate].
     """
 
     dims: Dims
+    narrow: tuple[str, ...]
     heads: Tensor
     intermediate: Tensor
 
     @classmethod
-    def of(cls, dims: Dims, student: Masks, teachers: Sequence[Masks]) -> Arrangement:
+    def of(cls, dims: Dims, narrow: tuple[str, ...], student: Masks, teachers: Sequence[Masks]) -> Arrangement:
         """The order for a student and the teachers that it will have."""
 
         def order(kind: str) -> Tensor:
-            rank = (len(teachers) + 1) * (getattr(student, kind) != 0).long()
+            rank = (len(teachers) + 1) * _units(student, kind).long()
+            if kind not in narrow:
+                return torch.arange(rank.shape[1], device=rank.device).expand_as(rank)
             for teacher in teachers:
-                rank = rank + (getattr(teacher, kind).to(rank.device) != 0).long()
+                rank = rank + _units(teacher, kind).to(rank.device).long()
             return rank.argsort(dim=1, descending=True, stable=True)
 
-        return cls(dims, order("heads"), order("intermediate"))
+        return cls(dims, narrow, order("heads"), order("intermediate"))
 
     def widths(self, masks: Masks | None) -> Widths:
         """What masks need; everything for None."""
@@ -66,7 +70,9 @@ class Arrangement:
 
         def needed(kind: str, align: int) -> tuple[int, ...]:
             order: Tensor = getattr(self, kind)
-            kept = getattr(masks, kind).to(order.device).gather(1, order) != 0
+            if kind not in self.narrow:
+                return (order.shape[1],) * order.shape[0]
+            kept = _units(masks, kind).to(order.device).gather(1, order)
             last = (kept * torch.arange(1, order.shape[1] + 1, device=order.device)).amax(1)
             return tuple(min(-(-max(n, 1) // align) * align, order.shape[1]) for n in last.tolist())
 
@@ -75,30 +81,40 @@ class Arrangement:
     def masks(self, masks: Masks) -> Masks:
         """Masks in this order, with gradients, on its device."""
         masks = masks.to(self.heads.device)
-        return Masks(masks.heads.gather(1, self.heads), masks.intermediate.gather(1, self.intermediate), masks.hidden)
+        heads = masks.heads.gather(1, self.heads.unsqueeze(-1).expand_as(masks.heads))
+        return replace(masks, heads=heads, intermediate=masks.intermediate.gather(1, self.intermediate))
 
-    def index(self, axis: Axis, layer: int, widths: Widths) -> Tensor | None:
-        """Which elements of an axis a role of these widths computes, in order; None for an axis that has none to choose."""
-        if axis is Axis.INTERMEDIATE:
+    def index(self, dim: Dim, layer: int, widths: Widths) -> Tensor | None:
+        """Which elements along a dimension a role of these widths computes, in order; None where there is nothing to choose."""
+        if len(dim) > 1:  # a fused projection; its kinds are not among those to narrow
+            return None
+        axis = dim[0]
+        if axis is Axis.INTERMEDIATE and "intermediate" in self.narrow:
             return self.intermediate[layer, : widths.intermediate[layer]]
-        if axis in (Axis.QUERY, Axis.KV):
+        if axis in (Axis.QUERY, Axis.KV) and "heads" in self.narrow:
             each = self.dims.size(axis) // self.dims.groups
             groups = self.heads[layer, : widths.heads[layer]]
             return (groups.unsqueeze(1) * each + torch.arange(each, device=groups.device)).flatten()
         return None
 
-    def cut(self, tensor: Tensor, axes: Sequence[Axis], layer: int, widths: Widths) -> Tensor:
-        """A tensor along these axes in this order, at these widths; a copy."""
-        for position, axis in enumerate(axes):
-            if (index := self.index(axis, layer, widths)) is not None:
+    def cut(self, tensor: Tensor, shape: Sequence[Dim], layer: int, widths: Widths) -> Tensor:
+        """A tensor along these dimensions in this order, at these widths; a copy."""
+        for position, dim in enumerate(shape):
+            if (index := self.index(dim, layer, widths)) is not None:
                 tensor = tensor.index_select(position, index.to(tensor.device))
         return tensor.contiguous()
 
-    def spread(self, tensor: Tensor, axes: Sequence[Axis], layer: int, widths: Widths) -> Tensor:
+    def spread(self, tensor: Tensor, shape: Sequence[Dim], layer: int, widths: Widths) -> Tensor:
         """The inverse of `cut`, with zeros where it left elements out."""
-        for position, axis in enumerate(axes):
-            if (index := self.index(axis, layer, widths)) is not None:
-                shape = list(tensor.shape)
-                shape[position] = self.dims.size(axis)
-                tensor = tensor.new_zeros(shape).index_copy_(position, index.to(tensor.device), tensor)
+        for position, dim in enumerate(shape):
+            if (index := self.index(dim, layer, widths)) is not None:
+                whole = list(tensor.shape)
+                whole[position] = self.dims.size(dim[0])
+                tensor = tensor.new_zeros(whole).index_copy_(position, index.to(tensor.device), tensor)
         return tensor
+
+
+def _units(masks: Masks, kind: str) -> Tensor:
+    """Which KV groups or channels masks keep, bool [layers, units]."""
+    values = masks.groups if kind == "heads" else masks.intermediate
+    return (values != 0) & ((masks.attention if kind == "heads" else masks.mlp) != 0).unsqueeze(1)

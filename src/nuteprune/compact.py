@@ -1,9 +1,11 @@
 """Compaction: every weight cut by its masks, LoRA merged, surviving soft values folded in (design, section 2).
 
-The compact model computes what the masked model computes. For hidden size d -> k every RMSNorm over the stream gets its
-weight times sqrt(d / k) and its eps times d / k; with tied embeddings the final norm is divided by the soft values once
-more, because the folded embedding also scales the head. Tensors come one at a time, and the float64 arithmetic runs over
-some rows at a time, so that making them takes the memory of one tensor.
+The compact model computes what the masked model computes. An RMSNorm over an axis cut from n to k elements gets its
+weight times sqrt(n / k) and needs its eps times n / k. All modules of a stock model share one eps: it becomes that of the
+norms over the residual stream, and norms after a projection (of heads, or over their whole width) get theirs by scaling
+the projection. With tied embeddings the final norm is divided by the soft values once more, because the folded embedding
+also scales the head. Tensors come one at a time, and the float64 arithmetic runs over some rows at a time, so that making
+them takes the memory of one tensor.
 """
 
 from __future__ import annotations
@@ -14,9 +16,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from nuteprune.arch import Axis, Linear, Norm, submodule
+from nuteprune.arch import Arch, Axis, Linear, Norm, submodule
+from nuteprune.errors import ExportError
 from nuteprune.masking import MaskedModel
-from nuteprune.masks import Masks
+from nuteprune.masks import Counts, Masks
 
 _VALUES = 2**22  # float64 values worked on at once
 
@@ -28,82 +31,134 @@ class Compactor:
         masked: the intact model with the LoRA weights to merge in place.
         masks: discrete masks; zeros are removed, other values folded.
         dtype: precision of the tensors made; the base model's by default (the arithmetic is float64).
+
+    Attributes:
+        kept_layers: dense numbers of the layers that are left, in order.
+
+    Raises:
+        ExportError: masks that no compact model can equal.
     """
 
     def __init__(self, masked: MaskedModel, masks: Masks, dtype: torch.dtype | None = None) -> None:
         self.masked, self.masks = masked, masks.to(masked.device)
         self.dtype = dtype or masked.model.dtype
         self.arch, self.spec = masked.arch, masked.arch.spec
-        self._hidden = self.masks.kept(Axis.HIDDEN, 0, self.arch.dims)
-        self._growth = math.sqrt(self.arch.dims.hidden / len(self._hidden))
+        dims = self.arch.dims
+        self.counts = checked_counts(self.arch, self.masks)
+        self.kept_layers = self.counts.layers
+        self._hidden = self.masks.kept((Axis.HIDDEN,), 0, dims)
+        self._spread = dims.hidden / len(self._hidden)  # n / k of the residual stream
         self._soft = self.masks.hidden[self._hidden].double()
+        # The stock embedding multiplies by its own function of the hidden size; the dense one's is put into the weight.
+        self._embedding = self.arch.embedding_scale(dims.hidden) / self.arch.embedding_scale(len(self._hidden))
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """All of them, one at a time: embedding, layers, final norm, and the head where it is not the embedding."""
+        """All of them, one at a time: embedding, layers, final norm, the head where it is not the embedding, and others."""
         yield self.embedding()
-        for index in range(self.arch.dims.layers):
+        for index in self.kept_layers:
             yield from self.layer(index)
         yield self.norm()
         if not self.arch.tied:
             yield f"{self.spec.head}.weight", self.head_rows(slice(None))
-
-    def names(self) -> list[str]:
-        """Names in the order of `tensors`."""
-        layers = [f"{self.spec.layers}.{i}.{name}" for i in range(self.arch.dims.layers) for name in self._left(i)]
-        head = [] if self.arch.tied else [f"{self.spec.head}.weight"]
-        return [f"{self.spec.embedding}.weight", *layers, f"{self.spec.final_norm}.weight", *head]
+        yield from self.others()
 
     def embedding(self) -> tuple[str, Tensor]:
         """Name and weight [vocab, kept] of the embedding."""
-        weight = submodule(self.masked.model, self.spec.embedding).weight.detach()
-        return f"{self.spec.embedding}.weight", self._cut(weight, None, self._hidden, None, self._soft)
+        return f"{self.spec.embedding}.weight", self._embedding_rows(None)
 
     def embed(self, input_ids: Tensor) -> Tensor:
-        """The embedding of tokens, [..., kept] for ids [...]; its other rows are not made."""
-        weight = submodule(self.masked.model, self.spec.embedding).weight.detach()
+        """What the compact model's embedding gives for tokens, [..., kept] for ids [...]; its other rows are not made."""
         rows, places = input_ids.unique(return_inverse=True)
-        return self._cut(weight, rows, self._hidden, None, self._soft)[places]
+        return self._embedding_rows(rows)[places] * self.arch.embedding_scale(len(self._hidden))
 
     def norm(self) -> tuple[str, Tensor]:
         """Name and weight [kept] of the final norm."""
-        weight = submodule(self.masked.model, self.spec.final_norm).weight.detach().double()[self._hidden] * self._growth
-        return f"{self.spec.final_norm}.weight", (weight / self._soft if self.arch.tied else weight).to(self.dtype)
+        weight = submodule(self.masked.model, self.spec.final_norm).weight.detach().double()[self._hidden]
+        effective = (weight + self.spec.norm_offset) * math.sqrt(self._spread)
+        if self.arch.tied:
+            effective = effective / (self._soft * self._embedding)
+        return f"{self.spec.final_norm}.weight", (effective - self.spec.norm_offset).to(self.dtype)
 
     def head_rows(self, rows: slice) -> Tensor:
         """Some rows [rows, kept] of the head; with tied embeddings these are rows of the embedding."""
         if self.arch.tied:
-            weight = submodule(self.masked.model, self.spec.embedding).weight.detach()[rows]
-            return self._cut(weight, None, self._hidden, None, self._soft)
+            every = torch.arange(self.arch.dims.vocab, device=self._hidden.device)
+            return self._embedding_rows(every[rows])
         return self._cut(self.masked.head.weight.detach()[rows], None, self._hidden, None, None)
 
+    def others(self) -> Iterator[tuple[str, Tensor]]:
+        """What a family has beside these: learned positions, the final norm's bias. They lie along nothing that is cut."""
+        parameters = dict(self.masked.model.named_parameters())
+        for name in self.arch.others:
+            yield name, parameters[name].detach().to(self.dtype)
+
     def layer(self, index: int) -> Iterator[tuple[str, Tensor]]:
-        """Names and parameters of a layer; those of a block that lost all its units are absent."""
-        arch, spec, dims = self.arch, self.spec, self.arch.dims
+        """Names and parameters of a layer by its dense number; those of a block that is gone are absent.
+
+        The names carry the layer's number in the compact model.
+        """
+        arch, dims = self.arch, self.arch.dims
+        prefix = f"{self.spec.layers}.{self.kept_layers.index(index)}"
         for name in self._left(index):
-            axes, path = arch.parameters[name], name.rpartition(".")[0]
-            weight = self.masked.parameter(index, name).detach()
-            kept = [self.masks.kept(axis, index, dims) for axis in axes]
-            scale = [
-                self.masks.values(axis, index, dims)[keep].double() if _folds(spec.block[path], position) else None
-                for position, (axis, keep) in enumerate(zip(axes, kept, strict=True))
-            ]
-            if len(axes) == 2:
-                lora = self.masked.lora_pair(index, path)
-                made = self._cut(weight, kept[0], kept[1], scale[0], scale[1], lora)
-            else:
-                row = weight.double()[kept[0]]
-                row = row if scale[0] is None else row * scale[0]
-                made = (row * self._growth if _over_stream(spec.block[path]) else row).to(self.dtype)
-            yield f"{spec.layers}.{index}.{name}", made
+            shape, path = arch.parameters[name], name.rpartition(".")[0]
+            weight, part = self.masked.parameter(index, name).detach(), self.spec.block[path]
+            rows = self.masks.kept(shape[0], index, dims)
+            if isinstance(part, Norm):
+                yield f"{prefix}.{name}", self._norm_weight(weight[rows], part, path, index).to(self.dtype)
+                continue
+            scale = self._row_scale(part, path, index)
+            row_scale = None if scale is None else scale[rows]
+            if len(shape) == 1:  # a bias
+                made = weight.double()[rows]
+                yield f"{prefix}.{name}", (made if row_scale is None else made * row_scale).to(self.dtype)
+                continue
+            columns = self.masks.kept(shape[1], index, dims)
+            folds = part.in_ in (Axis.QUERY, Axis.INTERMEDIATE)
+            column_scale = self.masks.values(part.in_, index, dims)[columns].double() if folds else None
+            yield (
+                f"{prefix}.{name}",
+                self._cut(weight, rows, columns, row_scale, column_scale, self.masked.lora_pair(index, path)),
+            )
 
     def _left(self, index: int) -> Iterator[str]:
         """Names of a layer's parameters that are not gone with their block."""
-        gone = [
-            f"{block}."
-            for block, axis in ((self.spec.attention, Axis.QUERY), (self.spec.mlp, Axis.INTERMEDIATE))
-            if len(self.masks.kept(axis, index, self.arch.dims)) == 0
-        ]
-        return (name for name in self.arch.parameters if not name.startswith(tuple(gone)))
+        gone = set() if self.counts.groups[index] else set(self.spec.attention)
+        gone |= set() if self.counts.intermediate[index] else set(self.spec.mlp)
+        return (name for name in self.arch.parameters if name.rpartition(".")[0] not in gone)
+
+    def _block_value(self, path: str, index: int) -> Tensor | float:
+        """What folds into the module at a block's end: the block's mask; 1 elsewhere."""
+        for block, masks in (("attention", self.masks.attention), ("mlp", self.masks.mlp)):
+            if path == self.spec.output(block):
+                return masks[index].double()
+        return 1.0
+
+    def _row_scale(self, part: Linear, path: str, index: int) -> Tensor | None:
+        """What multiplies the rows of a linear module, over all of them; None for nothing."""
+        dims, norm = self.arch.dims, self.arch.norm_after(path)
+        if part.out is Axis.HIDDEN:
+            return self.masks.hidden.double() * self._block_value(path, index)
+        if norm is None:
+            return None
+        # The norm's eps is the stream's; its own is had by scaling what it normalises.
+        factor = math.sqrt(self._spread / self._spread_of(norm.axis, index))
+        if norm.axis is Axis.HEAD_DIM:
+            return torch.full(dims.shape(part.axes("bias")), factor, dtype=torch.float64, device=self._hidden.device)
+        return self.masks.values(norm.axis, index, dims).double() * factor
+
+    def _norm_weight(self, weight: Tensor, norm: Norm, path: str, index: int) -> Tensor:
+        """The weight of a norm (or a LayerNorm's bias, over an axis that is whole) for the elements that are left."""
+        growth = math.sqrt(self._spread_of(norm.axis, index))
+        return (weight.double() + norm.offset) * growth * self._block_value(path, index) - norm.offset
+
+    def _spread_of(self, axis: Axis, index: int) -> float:
+        """N / k of an axis in a layer."""
+        size = self.arch.dims.size(axis)
+        return size / len(self.masks.kept((axis,), index, self.arch.dims))
+
+    def _embedding_rows(self, rows: Tensor | None) -> Tensor:
+        weight = submodule(self.masked.model, self.spec.embedding).weight.detach()
+        return self._cut(weight, rows, self._hidden, None, self._soft * self._embedding)
 
     def _cut(
         self,
@@ -132,19 +187,28 @@ class Compactor:
         return made
 
 
-def _over_stream(part: Linear | Norm) -> bool:
-    """Whether a part is a norm over the residual stream."""
-    return isinstance(part, Norm) and part.axis is Axis.HIDDEN
+def checked_counts(arch: Arch, masks: Masks) -> Counts:
+    """Widths that masks leave.
 
-
-def _folds(part: Linear | Norm, position: int) -> bool:
-    """Whether mask values fold into a parameter of this part along this dimension.
-
-    They fold where the mask acts: into the columns of what reads heads or channels, and into the rows (and bias) of what
-    writes to the residual stream.
+    Raises:
+        ExportError: masks that no compact model can equal.
     """
-    if not isinstance(part, Linear):
-        return False
-    if position == 0:
-        return part.out is Axis.HIDDEN
-    return part.in_ in (Axis.QUERY, Axis.INTERMEDIATE)
+    try:
+        counts = masks.counts()
+    except ValueError as error:
+        raise ExportError(f"these masks cannot be made a model: {error}.") from error
+    if counts.hidden == 0:
+        raise ExportError("these masks cannot be made a model: they keep no hidden channel.")
+    for kind in sorted(set(arch.attention_types)):
+        if not any(n for n, t in zip(counts.groups, arch.attention_types, strict=True) if t == kind):
+            raise ExportError(
+                f"these masks cannot be made a model: no layer with {kind.replace('_', ' ')} is left, and its cache counts "
+                "positions."
+            )
+    for block, left, gates in (("attention", counts.groups, masks.attention), ("mlp", counts.intermediate, masks.mlp)):
+        open_ = (gates != 0).tolist()
+        if arch.has_output_bias(block) and (bare := [i for i, n in enumerate(left) if n == 0 and open_[i]]):
+            raise ExportError(
+                f"these masks cannot be made a model: the {block} of layer {bare[0]} has no unit left, but its bias remains."
+            )
+    return counts

@@ -21,7 +21,7 @@ import yaml
 
 from nuteprune.errors import ConfigError
 
-UNITS = ("heads", "intermediate", "hidden")
+UNITS = ("heads", "intermediate", "hidden", "attention", "mlp", "layers")
 
 PAPER = "NutePrune's published script"
 RECIPE = "the recipe measured in docs/results.md; not ablated"
@@ -71,10 +71,39 @@ class PruneConfig:
     )
     prune: tuple[str, ...] = _option(
         ("heads", "intermediate"),
-        "Units to prune, comma separated: heads (KV groups with their query heads), intermediate, hidden.",
-        "hidden gates cost more than they save on a 135M model at 25 % (design notes); the paper prunes all three",
+        "Units to prune, comma separated: heads (see --head-unit), intermediate, hidden; whole blocks: attention, mlp, or "
+        "layers (both blocks of a layer at once).",
+        "hidden gates cost more than they save on a 135M model at 25 % (design notes); the paper prunes heads, intermediate "
+        "and hidden",
         "Size",
         UNITS,
+    )
+    head_unit: str = _option(
+        "group",
+        "What heads are pruned by: group (a KV head with the query heads that share it) or query (query heads inside the "
+        "groups, equally many in each group of a layer; KV heads stay).",
+        "a group saves its keys and values too",
+        "Size",
+        ("group", "query"),
+    )
+    uniform: bool = _option(
+        False,
+        "Keep the same widths in every layer, held to in training too; the result is a stock model without custom code.",
+        "off: layers differ in what they can spare",
+        "Size",
+    )
+    target_shape: tuple[str, ...] = _option(
+        (),
+        "Shape to end at, in place of --sparsity and --prune, such as hidden=512,heads=6,intermediate=1280,layers=24; "
+        "heads are query heads, what is not named stays. Implies --uniform.",
+        "as in Sheared LLaMA (arXiv 2310.06694)",
+        "Size",
+    )
+    round_heads: int = _option(
+        1,
+        "Keep a multiple of this many KV groups in every layer (with --head-unit query: query heads a group).",
+        "none",
+        "Size",
     )
     round_intermediate: int = _option(
         32, "Keep a multiple of this many intermediate channels in every layer.", "llama.cpp quantisation blocks", "Size"
@@ -135,7 +164,7 @@ class PruneConfig:
     gate_init_batches: int = _option(16, "Batches for the Taylor importance.", RECIPE, "Gates")
     head_bias: float = _option(
         1.0,
-        "With --gate-init taylor: standard deviations by which heads are favoured over channels.",
+        "With --gate-init taylor: standard deviations by which heads and whole blocks are favoured over channels.",
         "98 -> 75 perplexity one-shot at 25 % (design notes)",
         "Gates",
     )
@@ -267,11 +296,20 @@ class PruneConfig:
             need(name, len(getattr(self, name)) > 0, "at least one value")
         need("prune", len(set(self.prune)) == len(self.prune), "each unit once")
         need("track", len(set(self.track)) == len(self.track), "each tracker once")
+        blocks = [u for u in ("attention", "mlp") if u in self.prune]
+        if "layers" in self.prune and blocks:
+            raise ConfigError(f"--prune got layers and {blocks[0]}; layers are both blocks at once, so give one or the other.")
+        if self.uniform and blocks:
+            raise ConfigError(f"--prune got {blocks[0]} with --uniform, whose layers are alike; prune layers instead.")
+        if self.head_unit != "group" and "heads" not in self.prune and not self.target_shape:
+            raise ConfigError("--head-unit got 'query', but --prune has no heads; add them, or leave --head-unit out.")
+        if self.target_shape and self.control != "projection":
+            raise ConfigError(f"--control got {self.control!r}; with --target-shape allowed is projection.")
         if self.steps is not None and self.tokens is not None:
             raise ConfigError(f"--steps {self.steps} and --tokens {self.tokens} were both given; give one of them.")
         for name in (
-            "batch_size", "lora_rank", "round_intermediate", "round_hidden", "gate_init_batches", "checkpoint_every",
-            "keep_checkpoints",
+            "batch_size", "lora_rank", "round_heads", "round_intermediate", "round_hidden", "gate_init_batches",
+            "checkpoint_every", "keep_checkpoints",
         ):  # fmt: skip
             need(name, getattr(self, name) >= 1, "a whole number of at least 1")
         need("seq_len", self.seq_len >= 2, "a whole number of at least 2")

@@ -7,14 +7,16 @@ of all unit kinds; `discretise` turns them into masks of exactly an asked size.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from nuteprune.arch import Arch
-from nuteprune.masks import KINDS, Masks, unit_shapes
-from nuteprune.sparsity import Unit
+from nuteprune.arch import Arch, Dims
+from nuteprune.control import balanced
+from nuteprune.masks import Masks, mask_shapes
+from nuteprune.size import Unit
 
 BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1  # Louizos et al. 2018; the paper keeps them
 OPEN = math.log(0.99 / 0.01)  # log_alpha of a gate that drops with probability 0.01: the original's droprate_init
@@ -106,26 +108,45 @@ class Deterministic:
         self.mu = self._start + (self._end - self._start) * math.sqrt(min(max(progress, 0.0), 1.0))
 
 
+UNITS = ("heads", "intermediate", "hidden", "attention", "mlp", "layers")
+
+
+def unit_shapes(dims: Dims, head_unit: str) -> dict[str, tuple[int, ...]]:
+    """Shape of each unit kind's gates.
+
+    Args:
+        dims: sizes of the model.
+        head_unit: what a unit of `heads` is: "group" (a KV group) or "query" (a query head).
+    """
+    shapes = mask_shapes(dims)
+    heads = shapes["heads"] if head_unit == "query" else shapes["heads"][:2]
+    return shapes | {"heads": heads, "layers": (dims.layers,)}
+
+
 class GateSet(nn.Module):
     """The gates of all pruned unit kinds.
 
     Args:
         arch: the model's description.
-        kinds: pruned kinds, from heads, intermediate, hidden; the others stay open.
+        kinds: pruned kinds, from `UNITS`; the others stay open. `layers` is attention and MLP by one gate.
         gate: the gate to use.
         generator: CPU generator of initial values.
+        head_unit: what a unit of `heads` is: "group" or "query".
 
     Attributes:
-        log_alpha: parameter by kind: heads [L, G], intermediate [L, I], hidden [d], float32.
+        log_alpha: parameter by kind: heads [L, G] or [L, G, q], intermediate [L, I], hidden [d], the others [L]; float32.
     """
 
-    def __init__(self, arch: Arch, kinds: tuple[str, ...], gate: Gate, generator: torch.Generator) -> None:
+    def __init__(
+        self, arch: Arch, kinds: tuple[str, ...], gate: Gate, generator: torch.Generator, head_unit: str = "group"
+    ) -> None:
         super().__init__()
         self.gate = gate
         self.dims = arch.dims
-        shapes = unit_shapes(arch.dims)
+        self.head_unit = head_unit
+        shapes = unit_shapes(arch.dims, head_unit)
         self.log_alpha = nn.ParameterDict(
-            {k: nn.Parameter(gate.open + 0.01 * torch.randn(shapes[k], generator=generator)) for k in KINDS if k in kinds}
+            {k: nn.Parameter(gate.open + 0.01 * torch.randn(shapes[k], generator=generator)) for k in UNITS if k in kinds}
         )
 
     @property
@@ -138,12 +159,42 @@ class GateSet(nn.Module):
         return {k: a + offset for k, a in self.log_alpha.items()}
 
     def keep(self, scores: Unit) -> Unit:
-        """Keep-probabilities of all kinds; kinds that are not pruned count in full."""
-        return self._complete({k: self.gate.keep(a) for k, a in scores.items()})
+        """Keep-probabilities as `BlockSize.expected_sparsity` takes them; kinds that are not pruned count in full."""
+        keep = self._complete(scores, self.gate.keep)
+        # A group goes with its query heads where it is the unit; where they are, each group keeps some of them.
+        grouped = self.head_unit == "group"
+        return keep | {"groups": keep["heads"][..., 0] if grouped else torch.ones_like(keep["heads"][..., 0])}
 
     def sample(self, scores: Unit, generator: torch.Generator) -> Masks:
         """Masks of a training step."""
-        return Masks(**self._complete({k: self.gate.sample(a, generator) for k, a in scores.items()}))
+        return Masks(**self._complete(scores, lambda a: self.gate.sample(a, generator)))
+
+    def expand(self, units: Unit) -> Masks:
+        """Masks from one value a unit, by kind, shapes of `log_alpha`."""
+        return Masks(**self._complete(units, lambda value: value))
+
+    def values(self, scores: Unit) -> Unit:
+        """Mask values without noise, by mask kind."""
+        return self._complete(scores, self.gate.value)
+
+    def alike(self, scores: Unit, wanted: dict[str, float] | None = None) -> Unit:
+        """Scores shifted so that all layers keep equally many units of a kind in expectation.
+
+        Args:
+            scores: by kind.
+            wanted: units to keep, by kind; else what the layers keep on average, so that the expected size stays.
+        """
+        if wanted is not None:
+            each = self.dims.groups if self.head_unit == "query" else 1  # a step of heads is one in every group
+            counts = {k: torch.tensor(float(n) * (each if k == "heads" else 1)) for k, n in wanted.items()}
+            return balanced(scores, self.gate.keep, counts)
+        layers = self.gate.keep(scores["layers"]) if "layers" in scores else torch.ones(self.dims.layers, device=self.device)
+        counts = {
+            kind: (layers * self.gate.keep(scores[kind]).flatten(1).sum(1)).sum() / layers.sum().clamp_min(1e-6)
+            for kind in ("heads", "intermediate")
+            if kind in scores
+        }
+        return balanced(scores, self.gate.keep, counts)
 
     @torch.no_grad()
     def clamp_(self) -> None:
@@ -151,18 +202,25 @@ class GateSet(nn.Module):
         for a in self.log_alpha.values():
             a.clamp_(*self.gate.limits)
 
-    def _complete(self, units: Unit) -> Unit:
-        shapes = unit_shapes(self.dims)
-        return {k: units[k] if k in units else torch.ones(shapes[k], device=self.device) for k in KINDS}
+    def _complete(self, scores: Unit, value: Callable[[Tensor], Tensor]) -> Unit:
+        """Values of the gates as masks have them: ones for kinds that are not pruned."""
+        made = {kind: value(a) for kind, a in scores.items()}
+        if "layers" in made:
+            made["attention"] = made["mlp"] = made.pop("layers")
+        if "heads" in made and self.head_unit == "group":
+            made["heads"] = made["heads"].unsqueeze(-1).expand(-1, -1, self.dims.queries)
+        return {
+            k: made[k] if k in made else torch.ones(shape, device=self.device) for k, shape in mask_shapes(self.dims).items()
+        }
 
     @torch.no_grad()
     def start_from_importance(self, importance: Unit, unit_cost: dict[str, float], head_bias: float) -> None:
-        """Starts the gates at log importance per removed parameter, standardised per kind, heads favoured.
+        """Starts the gates at log importance per removed parameter, standardised per kind, heads and blocks favoured.
 
         Args:
             importance: non-negative importance by kind, shapes of `log_alpha`.
             unit_cost: parameters that go with one unit, by kind.
-            head_bias: standard deviations added to the heads' scores.
+            head_bias: standard deviations added to the scores of heads and of whole blocks.
         """
         scores: Unit = {}
         for kind, parameter in self.log_alpha.items():
@@ -172,7 +230,7 @@ class GateSet(nn.Module):
             score = per_parameter.clamp_min(floor).log()
             spread = score.std()
             score = (score - score.mean()) / spread if spread > 1e-6 else torch.zeros_like(score)
-            scores[kind] = score + (head_bias if kind == "heads" else 0.0)
+            scores[kind] = score + (0.0 if kind in ("intermediate", "hidden") else head_bias)
         # All gates start open: the weakest unit stands at the edge, or, where there are limits, as near as they allow.
         lowest = min(float(s.min()) for s in scores.values())
         highest = max(float(s.max()) for s in scores.values())

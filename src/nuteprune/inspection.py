@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,9 +10,9 @@ from nuteprune.arch import Arch
 from nuteprune.config import UNITS
 from nuteprune.errors import ConfigError
 from nuteprune.export.modeling_nuteprune import PREFIX
-from nuteprune.masks import unit_shapes
+from nuteprune.gates import unit_shapes
 from nuteprune.models import Source
-from nuteprune.sparsity import BlockSize
+from nuteprune.size import BlockSize
 
 Rows = list[tuple[str, ...]]
 
@@ -49,10 +50,16 @@ class Inspection:
         return {"blocks": self.size.full, "embedding": embedding, "head": head, "other": rest}
 
     def units(self) -> dict[str, tuple[int, int]]:
-        """Unit kind -> how many there are, and block parameters that go with one."""
-        shapes, cost = unit_shapes(self.arch.dims), self.size.unit_cost()
-        count = {kind: shape[0] * (shape[1] if len(shape) > 1 else 1) for kind, shape in shapes.items()}
-        return {kind: (count[kind], int(cost[kind])) for kind in UNITS}
+        """Unit -> how many there are, and block parameters that go with one; `query heads` are `--head-unit query`."""
+        found = {}
+        for kind in UNITS:
+            if kind in self.arch.spec.fixed:
+                continue
+            for name, unit in (("heads", "group"), ("query heads", "query")) if kind == "heads" else ((kind, "group"),):
+                if unit == "group" or self.arch.dims.queries > 1:
+                    shape = unit_shapes(self.arch.dims, unit)[kind]
+                    found[name] = (math.prod(shape), int(self.size.unit_cost(unit)[kind]))
+        return found
 
     def tables(self) -> list[tuple[str, tuple[str, ...], Rows]]:
         """Title, columns and rows of each table."""
@@ -62,10 +69,12 @@ class Inspection:
         units: Rows = [
             (k, f"{n:,}", f"{cost:,}", f"{100 * cost / self.size.full:.4f} %") for k, (n, cost) in self.units().items()
         ]
-        return [
+        tables = [
             ("parameters", ("part", "parameters", "share"), parts),
             ("what can be pruned", ("unit", "units", "parameters each", "share of the blocks"), units),
         ]
+        refused: Rows = list(self.arch.spec.fixed.items())
+        return [*tables, ("what cannot", ("unit", "why"), refused)] if refused else tables
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -82,6 +91,7 @@ class Inspection:
             "tied": self.arch.tied,
             "parameters": self.parameters(),
             "units": {k: {"count": n, "parameters_each": c} for k, (n, c) in self.units().items()},
+            "not_prunable": self.arch.spec.fixed,
         }
 
 

@@ -23,10 +23,11 @@ from nuteprune.checkpoint import checkpoints
 from nuteprune.compact import Compactor
 from nuteprune.config import PruneConfig, flag, read_yaml
 from nuteprune.data import SELF, Blocks, build_blocks, check_sources
+from nuteprune.discretise import Discretiser
 from nuteprune.environment import environment
 from nuteprune.errors import ConfigError, TrainingError
 from nuteprune.evaluation.perplexity import Perplexity, blocks_perplexity
-from nuteprune.export.hf import Equality, check_equal, write_folder
+from nuteprune.export.hf import Equality, check_equal, compact_config, is_stock, stock_config, write_folder
 from nuteprune.files import atomic_folder, save_json, save_tensors, save_text, unwritable_parent
 from nuteprune.masking import LoraOptions
 from nuteprune.models import DTYPES, Source, describe, pick_device, pick_dtype
@@ -35,7 +36,7 @@ from nuteprune.report.card import model_card
 from nuteprune.report.facts import CONFIG, ENVIRONMENT, MASKS, METRICS, MODEL, RESULT, Figures, RunFacts, origin
 from nuteprune.sample import model_sampler
 from nuteprune.tracking import Trackers, check_trackers
-from nuteprune.trainer import Trainer, make_discretiser
+from nuteprune.trainer import Trainer, make_discretiser, settled
 
 BLOCKS = "data/blocks.safetensors"
 HELD_OUT = 32  # most blocks set apart for perplexity before and after
@@ -128,20 +129,47 @@ def check_folder(run: Path) -> None:
         raise ConfigError(f"--out {run} cannot be made: {parent} is not a folder that can be written to.")
 
 
-def check_model(config: PruneConfig, source: Source) -> tuple[PretrainedConfig, Arch]:
-    """A model's configuration and description, and whether the options suit it; no weights are read.
+def check_model(config: PruneConfig, source: Source) -> tuple[PruneConfig, PretrainedConfig, Arch]:
+    """The options as this model settles them, its configuration and its description; no weights are read.
 
     Raises:
         ConfigError: an option that this model does not allow, or the model cannot be found.
         ArchitectureError: the family is not supported.
     """
     dense, arch = describe(source)
-    make_discretiser(config, arch).check(config.sparsity)
+    config = settled(config, arch)
+    discretiser = make_discretiser(config, arch)
+    discretiser.check(config.sparsity)
+    if config.uniform:
+        check_stock(config, discretiser, dense)
     LoraOptions(config.lora_rank, config.alpha, config.lora_targets).modules(arch)
     longest = getattr(dense, "max_position_embeddings", None)
     if longest is not None and config.seq_len > longest:
         raise ConfigError(f"{flag('seq_len')} got {config.seq_len}; this model reads at most {longest} tokens.")
-    return dense, arch
+    return config, dense, arch
+
+
+def check_stock(config: PruneConfig, discretiser: Discretiser, dense: PretrainedConfig) -> None:
+    """Refuses uniform widths that no stock class can have.
+
+    Raises:
+        ConfigError: names the widths, or the kind of unit of which a stock class cannot have fewer.
+    """
+    arch, shape = discretiser.arch, discretiser.shape
+    if shape is not None:
+        widths = discretiser.uniform_counts(shape.units)
+        if stock_config(dense, arch, widths) is None:
+            raise ConfigError(
+                f"--target-shape got {','.join(config.target_shape)}; no stock class of the {arch.spec.model_type} family "
+                "takes these widths. Try a hidden size that the number of heads divides, or prune without --target-shape."
+            )
+        return
+    for kind in config.prune:
+        if stock_config(dense, arch, discretiser.uniform_counts(discretiser.one_step_less(kind))) is None:
+            raise ConfigError(
+                f"--uniform got --prune {kind}; the {arch.spec.model_type} family's stock class cannot have fewer of these. "
+                "Prune other units, or leave --uniform out."
+            )
 
 
 def pick_save_dtype(name: str, dense: PretrainedConfig) -> torch.dtype:
@@ -210,7 +238,7 @@ class _Job:
         if data:
             check_sources(config.data, config.text_key)
         source = Source.find(config.model)
-        dense, arch = check_model(config, source)
+        config, dense, arch = check_model(config, source)
         return cls(config, source, dense, arch, source.tokenizer(arch.dims.vocab), device)
 
     @property
@@ -308,6 +336,11 @@ class _Job:
         facts = RunFacts.read(run)  # a file of the run that cannot be read is found before the export
         compactor = Compactor(masked, masks, self.save_dtype)
         generation = masked.model.generation_config
+        if self.config.uniform and not is_stock(compact_config(self.dense, self.arch, compactor.counts)):
+            reporter.warn(
+                f"no stock class of the {self.arch.spec.model_type} family takes these widths (hidden size and heads do not "
+                "divide), so the model carries its own code; --target-shape with a hidden size that divides avoids it"
+            )
         with write_folder(run / MODEL, compactor, self.dense, self.tokenizer, generation) as folder:
             masked.release()  # from here on the written files speak for themselves
             trainer.lora_optimizer.state.clear()
@@ -325,6 +358,7 @@ class _Job:
                 total_after=sum(p.numel() for p in compact.parameters()),
                 file_bytes=sum(p.stat().st_size for p in folder.glob("*.safetensors")),
                 dtype=str(self.save_dtype).removeprefix("torch."),
+                own_code=not is_stock(compact.config),
                 equality=equality,
                 exact=exact,
                 dense=dense,

@@ -46,6 +46,7 @@ class _FusedHead(torch.autograd.Function):
         temperature: float,
         kl_weight: float,
         lm_weight: float,
+        softcap: float | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         tokens, scored = student.shape[0], max(int((labels >= 0).sum()), 1)
         gradient = torch.zeros_like(student)
@@ -54,7 +55,9 @@ class _FusedHead(torch.autograd.Function):
         for rows in chunks(tokens, weight.shape[0], student.device):
             taught = None if teacher is None else teacher[rows]
             factors = kl_weight * temperature / tokens, lm_weight / scored
-            part, kl_part, lm_part = _losses_of(student[rows], taught, labels[rows], weight, bias, temperature, *factors)
+            part, kl_part, lm_part = _losses_of(
+                student[rows], taught, labels[rows], weight, bias, temperature, *factors, softcap
+            )
             if part is not None:
                 gradient[rows] = part
             kl_sum += kl_part
@@ -68,7 +71,7 @@ class _FusedHead(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return (gradient * grads[0].to(gradient.dtype), *([None] * 7))
+        return (gradient * grads[0].to(gradient.dtype), *([None] * 8))
 
 
 def _losses_of(
@@ -80,12 +83,13 @@ def _losses_of(
     temperature: float,
     kl_factor: float,
     lm_factor: float,
+    softcap: float | None,
 ) -> tuple[Tensor | None, Tensor | float, Tensor | float]:
     """A chunk: gradient of its states (None without a loss), sums of its KL and of its cross entropy.
 
     A function of its own, so that its logits are gone when the next chunk's come.
     """
-    logits = F.linear(student, weight, bias).float()
+    logits, slope = _capped(F.linear(student, weight, bias).float(), softcap)
     valid, target = labels >= 0, labels.clamp_min(0).unsqueeze(1)
     top = logits.amax(-1)
     picked = logits.gather(1, target).squeeze(1)
@@ -99,7 +103,7 @@ def _losses_of(
             q.scatter_add_(1, target, -torch.ones_like(target, dtype=q.dtype))
             towards = q.mul_((valid * lm_factor).unsqueeze(1))
     if teacher is not None:
-        other = F.linear(teacher, weight, bias).float()
+        other, _ = _capped(F.linear(teacher, weight, bias).float(), softcap)
         if temperature != 1.0:
             logits, other, top = logits.div_(temperature), other.div_(temperature), top / temperature
         highest = other.amax(-1)
@@ -114,8 +118,19 @@ def _losses_of(
         # d [T^2 KL] / d logits = T (q - p)
         towards_teacher = q.sub_(p).mul_(kl_factor)
         towards = towards_teacher if towards is None else towards.add_(towards_teacher)
+    if towards is not None and slope is not None:
+        towards = towards.mul_(slope)
     gradient = None if towards is None else (towards.to(weight.dtype) @ weight).to(student.dtype)
     return gradient, kl, lm
+
+
+def _capped(logits: Tensor, softcap: float | None) -> tuple[Tensor, Tensor | None]:
+    """Logits under a soft cap c, c tanh(logits / c), in place, and the slope there; without a cap as they are."""
+    if softcap is None:
+        return logits, None
+    share = logits.div_(softcap).tanh_()
+    slope = 1 - share.square()
+    return share.mul_(softcap), slope
 
 
 def chunks(tokens: int, vocab: int, device: torch.device) -> Iterator[slice]:
@@ -136,6 +151,7 @@ def head_loss(
     temperature: float = 1.0,
     kl_weight: float = 1.0,
     lm_weight: float = 0.0,
+    softcap: float | None = None,
 ) -> HeadLoss:
     """kl_weight T^2 KL(teacher || student) + lm_weight CE, means a token (design, section 2).
 
@@ -148,6 +164,7 @@ def head_loss(
         temperature: T; both logits are divided by it in the KL.
         kl_weight: weight of the KL term.
         lm_weight: weight of the cross entropy.
+        softcap: bound of the model's logits, or None.
 
     Raises:
         ValueError: the head is trainable; its gradient is not computed here.
@@ -166,6 +183,7 @@ def head_loss(
         temperature,
         kl_weight,
         lm_weight,
+        softcap,
     )
     return HeadLoss(total, float("nan") if teacher is None else float(kl), float(lm))
 

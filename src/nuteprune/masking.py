@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from nuteprune.arch import Arch, Axis, Dims, Linear, layers, submodule
+from nuteprune.arch import Arch, Axis, Dim, Linear, layers, submodule
 from nuteprune.arrangement import Arrangement, Widths
 from nuteprune.errors import ConfigError
 from nuteprune.linear import MaskedLoraLinear, mask_hooks
@@ -25,6 +25,9 @@ from nuteprune.masks import Masks
 
 # Where the mask of a kind acts: on the input of the linears that read this axis.
 _INPUT_AXES = {"heads": Axis.QUERY, "intermediate": Axis.INTERMEDIATE}
+_BLOCKS = ("attention", "mlp")
+
+Site = tuple[str, int]  # what is multiplied there, and the layer; 0 where all layers share it
 
 
 @dataclass(frozen=True)
@@ -70,12 +73,12 @@ class Role:
     """What the model plays: a student or teacher.
 
     Attributes:
-        scales: mask values by kind, as modules take them; empty for no masks.
+        scales: mask values by site, as modules take them; empty for no masks.
         lora: LoRA weights by name; None for none (in `playing`).
         widths: units computed in each layer.
     """
 
-    scales: dict[str, list[Tensor]]
+    scales: dict[Site, Tensor]
     lora: dict[str, Tensor] | None
     widths: Widths
 
@@ -88,22 +91,20 @@ class BaseWeight:
         parameter: the module's parameter.
         full: its whole data.
         layer: layer index.
-        axes: its axes.
+        shape: its dimensions.
     """
 
     parameter: nn.Parameter
     full: Tensor
     layer: int
-    axes: tuple[Axis, ...]
+    shape: tuple[Dim, ...]
 
-    def narrow(self, dims: Dims, widths: Widths) -> None:
+    def narrow(self, arrangement: Arrangement | None, widths: Widths) -> None:
         """Lets the module see the first units only; a view."""
         data = self.full
-        for position, axis in enumerate(self.axes):
-            if axis is Axis.INTERMEDIATE:
-                data = data.narrow(position, 0, widths.intermediate[self.layer])
-            elif axis in (Axis.QUERY, Axis.KV):
-                data = data.narrow(position, 0, widths.heads[self.layer] * (dims.size(axis) // dims.groups))
+        for position, dim in enumerate(self.shape):
+            index = None if arrangement is None else arrangement.index(dim, self.layer, widths)
+            data = data if index is None else data.narrow(position, 0, len(index))
         self.parameter.data = data
 
 
@@ -113,7 +114,7 @@ class MaskedModel:
     Args:
         model: the intact model; it is wrapped in place and stays usable.
         arch: its description.
-        kinds: unit kinds that masks may act on.
+        kinds: unit kinds that masks may act on; `layers` is `attention` and `mlp`.
         lora: LoRA options, or None for masks alone.
         fused: compute LoRA and masks in one operation (`linear`); False takes peft's own layers and hooks, slower, the
             reference that tests compare with.
@@ -123,12 +124,12 @@ class MaskedModel:
         self, model: PreTrainedModel, arch: Arch, kinds: tuple[str, ...], lora: LoraOptions | None, fused: bool = True
     ) -> None:
         self.arch = arch
-        self.kinds = kinds
+        self.kinds = (set(kinds) - {"layers"}) | (set(_BLOCKS) if "layers" in kinds else set())
         self.model = model.eval().requires_grad_(False)
         self.layers = layers(model, arch.spec)
         self.arrangement: Arrangement | None = None
         self.lora: dict[str, nn.Parameter] = {}
-        self.lora_axes: dict[str, tuple[int, tuple[Axis, ...]]] = {}  # layer and axes of each LoRA weight
+        self.lora_shapes: dict[str, tuple[int, tuple[Dim, ...]]] = {}  # layer and dimensions of each LoRA weight
         self._tuners: list[BaseTunerLayer] = []
         self._observer: Observer | None = None
         self._observed = 0  # layers that the observer has seen in this forward pass
@@ -156,33 +157,43 @@ class MaskedModel:
             parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
             index, _, path = name.removeprefix(f"{self.arch.spec.layers}.").partition(".")
             path, _, kind = path.partition(".lora_")
-            part = self.arch.spec.block[path]
-            assert isinstance(part, Linear)
-            self.lora_axes[name] = (int(index), (Axis.RANK, part.in_) if kind.startswith("A") else (part.out, Axis.RANK))
+            rows, columns = self.arch.spec.block[path].axes("weight")
+            self.lora_shapes[name] = (int(index), ((Axis.RANK,), columns) if kind.startswith("A") else (rows, (Axis.RANK,)))
 
-    def _attach(self) -> Iterator[tuple[nn.Module, str, str, int]]:
-        """Makes modules apply masks; yields module, attribute, kind, and place among the kind's masks."""
-        spec = self.arch.spec
+    def _attach(self) -> Iterator[tuple[nn.Module, str, Site]]:
+        """Makes modules apply masks; yields module, attribute and site."""
         ready: set[nn.Module] = set()
-
-        def site(module: nn.Module, attribute: str, kind: str, index: int) -> tuple[nn.Module, str, str, int]:
+        for root, path, attribute, site in self._places():
+            module = submodule(root, path)
             if module not in ready and not isinstance(module, MaskedLoraLinear):
                 mask_hooks(module)
             ready.add(module)
-            return module, attribute, kind, index
+            yield module, attribute, site
+        for layer in self.layers[:-1]:
+            layer.register_forward_hook(self._after_layer)
 
+    def _places(self) -> Iterator[tuple[nn.Module, str, str, Site]]:
+        """Where masks act: root, path in it, attribute and site."""
+        arch, spec = self.arch, self.arch.spec
         for index, layer in enumerate(self.layers):
             for kind, axis in _INPUT_AXES.items():
                 if kind in self.kinds:
-                    for path in self.arch.linears(in_=axis):
-                        yield site(submodule(layer, path), "in_mask", kind, index)
-            if "hidden" in self.kinds:
-                for path in self.arch.linears(out=Axis.HIDDEN):
-                    yield site(submodule(layer, path), "out_mask", "hidden", 0)
-            if index < self.arch.dims.layers - 1:
-                layer.register_forward_hook(self._after_layer)
+                    for path in arch.linears(in_=axis):
+                        yield layer, path, "in_mask", (kind, index)
+            if "heads" in self.kinds:  # a norm over all heads must not see those that are gone
+                for axis, kind in ((Axis.QUERY, "heads"), (Axis.KV, "groups")):
+                    for path in arch.linears(out=axis):
+                        norm = arch.norm_after(path)
+                        if norm is not None and norm.axis is axis:
+                            yield layer, path, "out_mask", (kind, index)
+            for block in _BLOCKS:
+                last, output = spec.projection(block), spec.output(block)
+                if "hidden" in self.kinds and (block not in self.kinds or last != output):
+                    yield layer, last, "out_mask", ("hidden", 0)
+                if block in self.kinds:
+                    yield layer, output, "out_mask", (f"hidden and {block}" if last == output else block, index)
         if "hidden" in self.kinds:
-            yield site(submodule(self.model, spec.embedding), "out_mask", "hidden", 0)
+            yield self.model, spec.embedding, "out_mask", ("hidden", 0)
 
     def _after_layer(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._observer is not None:
@@ -197,16 +208,18 @@ class MaskedModel:
     def _base_weights(self) -> Iterator[BaseWeight]:
         """The base model's parameters along axes that roles can do without."""
         for index in range(self.arch.dims.layers):
-            for name, axes in self.arch.parameters.items():
-                if any(axis in (Axis.QUERY, Axis.KV, Axis.INTERMEDIATE) for axis in axes):
+            for name, shape in self.arch.parameters.items():
+                if any(dim[0] in (Axis.QUERY, Axis.KV, Axis.INTERMEDIATE) for dim in shape):
                     parameter = self.parameter(index, name)
-                    yield BaseWeight(parameter, parameter.data, index, axes)
+                    yield BaseWeight(parameter, parameter.data, index, shape)
 
     def enable_checkpointing(self) -> None:
         """Recomputes activations in the backward pass; masks must stay installed until it is done."""
         self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         for layer in self.layers:
             layer.training = True  # transformers checkpoints layers in training mode; children stay free of dropout
+            if isinstance(getattr(layer, "dropout", None), float):
+                object.__setattr__(layer, "dropout", 0.0)  # some layers drop by a rate of their own
 
     def compile(self) -> None:
         """Compiles the decoder layers with torch.compile; all layers share the graphs of a role, whatever their widths."""
@@ -240,32 +253,38 @@ class MaskedModel:
             lora = {name: self.cut_lora(name, lora[name], widths).to(self.device) for name in self.lora}
         return Role(self._scales(masks, widths), lora, widths)
 
-    def _scales(self, masks: Masks | None, widths: Widths) -> dict[str, list[Tensor]]:
-        """Mask values as the modules take them, by kind and place."""
+    def _scales(self, masks: Masks | None, widths: Widths) -> dict[Site, Tensor]:
+        """Mask values as the modules take them, by site."""
         if masks is None:
             return {}
         if self.arrangement is not None:
             masks = self.arrangement.masks(masks)
         dims = self.arch.dims
         like = {"device": self.device, "dtype": self._dtype}
-        each = dims.queries * dims.head_dim
-        heads = masks.heads.to(**like).repeat_interleave(each, dim=1).unbind(0)
+        heads = masks.heads.to(**like).flatten(1).repeat_interleave(dims.head_dim, dim=1).unbind(0)
+        groups = masks.groups.to(**like).repeat_interleave(dims.head_dim, dim=1).unbind(0)
         channels = masks.intermediate.to(**like).unbind(0)
-        every = {
-            "heads": [scale[: each * n] for scale, n in zip(heads, widths.heads, strict=True)],
-            "intermediate": [scale[:n] for scale, n in zip(channels, widths.intermediate, strict=True)],
-            "hidden": [masks.hidden.to(**like)],
-        }
-        return {kind: every[kind] for kind in self.kinds}
+        hidden = masks.hidden.to(**like)
+        blocks = {block: getattr(masks, block).to(**like).unbind(0) for block in _BLOCKS}
+        each = dims.queries * dims.head_dim
+        made: dict[Site, Tensor] = {("hidden", 0): hidden}
+        for index in range(dims.layers):
+            made["heads", index] = heads[index][: each * widths.heads[index]]
+            made["groups", index] = groups[index][: dims.head_dim * widths.heads[index]]
+            made["intermediate", index] = channels[index][: widths.intermediate[index]]
+            for block in _BLOCKS:
+                if block in self.kinds:
+                    made[block, index] = blocks[block][index].expand(dims.hidden)
+                    made[f"hidden and {block}", index] = hidden * blocks[block][index]
+        return made
 
     def install(self, role: Role) -> None:
         """Puts a role's masks and widths in place; LoRA weights stay."""
-        for module, attribute, kind, index in self._sites:
-            scales = role.scales.get(kind)
-            object.__setattr__(module, attribute, None if scales is None else scales[index])
+        for module, attribute, site in self._sites:
+            object.__setattr__(module, attribute, role.scales.get(site))
         if role.widths != self._role.widths:
             for base in self._bases:
-                base.narrow(self.arch.dims, role.widths)
+                base.narrow(self.arrangement, role.widths)
         self._role = role
 
     def set_masks(self, masks: Masks | None) -> None:
@@ -307,14 +326,16 @@ class MaskedModel:
             observer: called with the hidden states [batch, tokens, hidden] after each layer but the last, as they come.
 
         Returns:
-            Hidden states after the final norm, [batch, tokens, hidden].
+            Hidden states as the head takes them, [batch, tokens, hidden]: after the final norm, and divided by the model's
+            logits scaling where it has one.
         """
         decoder = getattr(self.model, self.model.base_model_prefix)
         half = self._dtype if self._dtype in (torch.bfloat16, torch.float16) else None
         self._observer, self._observed = observer, 0
         try:
             with torch.autocast(self.device.type, half, enabled=half is not None):
-                return decoder(input_ids=input_ids, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
+                states: Tensor = decoder(input_ids=input_ids, use_cache=False).last_hidden_state
+                return states if self.arch.logits_scaling == 1.0 else states / self.arch.logits_scaling
         finally:
             self._observer = None
 
@@ -328,7 +349,7 @@ class MaskedModel:
     @torch.no_grad()
     def logits(self, input_ids: Tensor) -> Tensor:
         """Logits [batch, tokens, vocab] in the present role."""
-        return self.head(self.forward(input_ids))
+        return self.arch.capped(self.head(self.forward(input_ids)))
 
     # -- LoRA weights -------------------------------------------------------------------------------------------------
 
@@ -345,13 +366,13 @@ class MaskedModel:
 
     def cut_lora(self, name: str, tensor: Tensor, widths: Widths) -> Tensor:
         """A LoRA weight (or its optimiser moment) at widths of the arrangement; itself while there is none."""
-        layer, axes = self.lora_axes[name]
-        return tensor if self.arrangement is None else self.arrangement.cut(tensor, axes, layer, widths)
+        layer, shape = self.lora_shapes[name]
+        return tensor if self.arrangement is None else self.arrangement.cut(tensor, shape, layer, widths)
 
     def spread_lora(self, name: str, tensor: Tensor, widths: Widths) -> Tensor:
         """The inverse of `cut_lora`; what was left out is zero."""
-        layer, axes = self.lora_axes[name]
-        return tensor if self.arrangement is None else self.arrangement.spread(tensor, axes, layer, widths)
+        layer, shape = self.lora_shapes[name]
+        return tensor if self.arrangement is None else self.arrangement.spread(tensor, shape, layer, widths)
 
     # -- order of units -----------------------------------------------------------------------------------------------
 
@@ -364,14 +385,14 @@ class MaskedModel:
         self.install(Role({}, None, Widths.full(self.arch.dims)))
         self.arrangement = arrangement
         for base in self._bases:
-            base.full.copy_(arrangement.cut(base.full, base.axes, base.layer, Widths.full(self.arch.dims)))
+            base.full.copy_(arrangement.cut(base.full, base.shape, base.layer, Widths.full(self.arch.dims)))
 
     def restore(self) -> None:
         """Puts the base weights back as they were, bit for bit, and undoes `compile`."""
         if self.arrangement is not None:
             self.install(Role({}, None, Widths.full(self.arch.dims)))
             for base in self._bases:
-                base.full.copy_(self.arrangement.spread(base.full, base.axes, base.layer, Widths.full(self.arch.dims)))
+                base.full.copy_(self.arrangement.spread(base.full, base.shape, base.layer, Widths.full(self.arch.dims)))
             self.arrangement = None
         for layer in self.layers:
             layer._compiled_call_impl = None
@@ -394,8 +415,11 @@ class MaskedModel:
             for parameter in module.parameters():
                 parameter.data = held.pop(parameter)
 
-        def embedded(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-            return output.to(dtype)  # before its mask; looking up rounds nothing
+        scale = self.arch.embedding_scale(self.arch.dims.hidden)
+
+        def embedded(module: nn.Embedding, args: Any, output: Tensor) -> Tensor:
+            rows = nn.functional.embedding(args[0], module.weight)
+            return rows.to(dtype) * scale  # before its mask; the rows are exact, the product in the model's precision is not
 
         spec = self.arch.spec
         try:

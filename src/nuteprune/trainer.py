@@ -26,15 +26,17 @@ from nuteprune.arch import Arch
 from nuteprune.arrangement import Arrangement
 from nuteprune.checkpoint import load_checkpoint, load_optimizer, optimizer_tensors, save_checkpoint, within
 from nuteprune.config import PruneConfig
+from nuteprune.control import Controller, LagrangianControl, ProjectionControl, schedule
 from nuteprune.data import Blocks
 from nuteprune.discretise import Discretiser, Rounding
-from nuteprune.errors import TrainingError
+from nuteprune.errors import ConfigError, TrainingError
 from nuteprune.gates import Deterministic, Gate, GateSet, HardConcrete
 from nuteprune.importance import taylor
 from nuteprune.losses import HiddenLoss, head_loss
 from nuteprune.masking import LoraOptions, MaskedModel, Role
 from nuteprune.masks import Masks
-from nuteprune.sparsity import BlockSize, Controller, LagrangianControl, ProjectionControl, Unit, schedule
+from nuteprune.shape import TargetShape, parse_shape
+from nuteprune.size import BlockSize, Unit
 from nuteprune.teachers import INTACT, Snapshot, TeacherBank, TeacherPolicy, teacher_name
 
 REACHED = 0.005  # the original's sparsity_epsilon: how near counts as at the target
@@ -104,7 +106,7 @@ class Trainer:
 
         self.generator = torch.Generator().manual_seed(config.seed)  # gate noise, on the CPU for every device
         gate: Gate = Deterministic(*config.gate_width) if config.gates == "deterministic" else HardConcrete()
-        self.gates = GateSet(arch, config.prune, gate, self.generator).to(self.masked.device)
+        self.gates = GateSet(arch, config.prune, gate, self.generator, config.head_unit).to(self.masked.device)
         self.control: Controller = (
             LagrangianControl(config.control_lr, self.masked.device)
             if config.control == "lagrangian"
@@ -131,8 +133,9 @@ class Trainer:
             )
         if self.config.gate_init == "taylor":
             count = min(self.config.gate_init_batches * self.config.batch_size, self.blocks.count)
-            importance = taylor(self.masked, self.blocks.read(list(range(count))), progress)
-            self.gates.start_from_importance(importance, self.size.unit_cost(), self.config.head_bias)
+            importance = taylor(self.masked, self.gates, self.blocks.read(list(range(count))), progress)
+            cost = self.size.unit_cost(self.config.head_unit)
+            self.gates.start_from_importance(importance, cost, self.config.head_bias)
         self.save()
 
     def run(self, log: Log, stop: Callable[[], bool] = lambda: False) -> bool:
@@ -191,6 +194,7 @@ class Trainer:
                 temperature=config.temperature,
                 kl_weight=config.kl_weight,
                 lm_weight=1.0 if taught is None else config.lm_weight,
+                softcap=self.masked.arch.softcap,
             )
             loss = head.total if hidden is None else head.total + config.hidden_weight * hidden.total
         if self.masks is None:
@@ -239,7 +243,11 @@ class Trainer:
     def gate_scores(self, target: float) -> tuple[Unit, Tensor]:
         """The gates at this point of the run, shifted by the controller for a target, and their expected sparsity."""
         self.gates.gate.anneal(self.state.step / max(self.freeze_step, 1))
-        scores = self.gates.scores(self.control.offset(self.gates.scores(), self.gates.keep, target))
+        if (shape := self.discretiser.shape) is not None:  # every width has its own way; together they are the target
+            scores = self.gates.alike(self.gates.scores(), shape.units_at(target))
+        else:
+            scores = self.gates.scores(self.control.offset(self.gates.scores(), self.gates.keep, target))
+            scores = self.gates.alike(scores) if self.config.uniform else scores
         return scores, self.size.expected_sparsity(self.gates.keep(scores))
 
     def student_masks(self, target: float) -> tuple[Masks, Tensor]:
@@ -319,8 +327,7 @@ class Trainer:
     def discrete(self, sparsity: float) -> tuple[Masks, float]:
         """The gates as discrete masks of a sparsity, and the expected sparsity that they stood at."""
         scores, expected = self.gate_scores(sparsity)
-        values = {kind: self.gates.gate.value(a) for kind, a in scores.items()}
-        return self.discretiser.masks(scores, values, sparsity), float(expected)
+        return self.discretiser.masks(scores, self.gates.values(scores), sparsity), float(expected)
 
     def freeze(self) -> None:
         """Makes the masks discrete at exactly the asked sparsity; from here on only LoRA trains."""
@@ -342,7 +349,8 @@ class Trainer:
         if self.fast:
             newest = self.policy.record(self.freeze_step, self.state.walk_from, self.state.reached) or INTACT
             teachers = [self.bank.masks(record) for record in range(1, newest + 1)]
-            self.masked.arrange(Arrangement.of(self.masked.arch.dims, self.masks, teachers))
+            arch = self.masked.arch
+            self.masked.arrange(Arrangement.of(arch.dims, arch.spec.narrow, self.masks, teachers))
         self.masked.set_masks(self.masks)
         self.teacher = None
         widths = self.masked.widths
@@ -410,9 +418,40 @@ def last_record(config: PruneConfig) -> int:
 
 
 def make_discretiser(config: PruneConfig, arch: Arch) -> Discretiser:
-    """The discretiser of a run."""
-    rounding = Rounding(config.round_intermediate, config.round_hidden)
-    return Discretiser(arch, BlockSize.of(arch), config.prune, rounding)
+    """The discretiser of a run.
+
+    Raises:
+        ConfigError: a target shape that the model cannot have.
+    """
+    size = BlockSize.of(arch)
+    asked = parse_shape(config.target_shape)
+    return Discretiser(
+        arch=arch,
+        size=size,
+        kinds=config.prune,
+        rounding=Rounding(config.round_heads, config.round_intermediate, config.round_hidden),
+        head_unit=config.head_unit,
+        uniform=config.uniform,
+        shape=TargetShape.of(arch, size, config.head_unit, asked) if asked else None,
+    )
+
+
+def settled(config: PruneConfig, arch: Arch) -> PruneConfig:
+    """The options with those that a target shape decides: sparsity, units and uniform widths.
+
+    Raises:
+        ConfigError: the shape is none for this model, or contradicts an option given.
+    """
+    shape = make_discretiser(config, arch).shape
+    if shape is None:
+        return config
+    decided: dict[str, Any] = {"sparsity": shape.sparsity, "prune": tuple(shape.units)}
+    for name, value in decided.items():
+        given, default = getattr(config, name), PruneConfig.__dataclass_fields__[name].default
+        same = math.isclose(given, value, abs_tol=1e-9) if name == "sparsity" else set(given) == set(value)
+        if given != default and not same:
+            raise ConfigError(f"--{name} got {given!r}, but --target-shape means {value!r}; leave one of them out.")
+    return config.replace(**decided, uniform=True)
 
 
 def lr_factor(kind: str, step: int, total: int) -> float:

@@ -23,11 +23,12 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from nuteprune.arch import Arch
 from nuteprune.config import PruneConfig
+from nuteprune.gates import unit_shapes
 from nuteprune.job import pick_save_dtype
 from nuteprune.losses import chunks
 from nuteprune.masking import LoraOptions, MaskedModel
-from nuteprune.masks import Masks, unit_shapes
-from nuteprune.sparsity import BlockSize
+from nuteprune.masks import Masks
+from nuteprune.size import BlockSize
 
 # Bytes for a value of the logits in `losses`, counted on real tensors: live at once in a chunk, and read and written.
 # The cases: KL at temperature 1; at another temperature or with a language-model loss beside it; no teacher.
@@ -140,7 +141,7 @@ def step_cost(config: PruneConfig, dense: PretrainedConfig, arch: Arch, dtype: t
             masked.enable_checkpointing()
         masks = Masks.ones(arch.dims, masked.device)
         for kind, tensor in masks.tensors().items():
-            tensor.requires_grad_(kind in config.prune)
+            tensor.requires_grad_(kind in masked.kinds)
         masked.set_masks(masks)
         ids = torch.zeros(config.batch_size, config.seq_len, dtype=torch.int64)
         weights = _bytes_of(p for p in model.parameters() if not p.requires_grad)
@@ -165,7 +166,7 @@ def step_cost(config: PruneConfig, dense: PretrainedConfig, arch: Arch, dtype: t
     lora_values = sum(p.numel() for p in masked.lora.values())
     removed = int(BlockSize.of(arch).full * config.sparsity)
     saved = pick_save_dtype(config.save_dtype, dense).itemsize
-    gates = sum(math.prod(shape) for kind, shape in unit_shapes(arch.dims).items() if kind in config.prune)
+    gates = sum(math.prod(shape) for kind, shape in unit_shapes(arch.dims, config.head_unit).items() if kind in config.prune)
     head, heads = _head(config, arch, size)
     return StepCost(
         weights=weights,
@@ -208,7 +209,7 @@ def _leave_mask_out(masked: MaskedModel, dense: PretrainedConfig, tokens: int) -
         return args, kwargs | {"attention_mask": None}
 
     for layer in masked.layers:
-        layer.get_submodule(masked.arch.spec.attention).register_forward_pre_hook(hook, with_kwargs=True)
+        layer.get_submodule(masked.arch.spec.attention_path).register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def _to_fake(masked: MaskedModel) -> None:

@@ -27,7 +27,7 @@ from nuteprune.job import check_model, pick_save_dtype
 from nuteprune.measuring import in_fresh_process
 from nuteprune.models import Source, pick_device
 from nuteprune.progress import Reporter, duration
-from nuteprune.sparsity import BlockSize
+from nuteprune.size import BlockSize
 
 NOT_COUNTED = "reading and tokenising text, and sampling it for --data self"
 LAGRANGIAN = (
@@ -236,7 +236,7 @@ def estimate(config: PruneConfig, gpus: Sequence[str] = (), measure: bool = True
     if wanted and config.dtype == "float32":
         raise ConfigError("--gpu computes runs in bfloat16, but --dtype got 'float32'; leave --dtype at auto or give bfloat16.")
     source = Source.find(config.model)
-    dense, arch = check_model(config, source)
+    config, dense, arch = check_model(config, source)
     size = Size.of(config, dense, arch)
     if measure:
         check_weights(source)

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from nuteprune.config import PruneConfig
-from nuteprune.sparsity import schedule
+from nuteprune.control import schedule
 from nuteprune.teachers import INTACT, TeacherPolicy
 from nuteprune.trainer import last_record
 

@@ -7,23 +7,32 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from nuteprune.arch import layers, submodule
+from nuteprune.arch import Arch, layers, submodule
 from nuteprune.compact import Compactor
 from nuteprune.errors import ExportError
 from nuteprune.export import modeling_nuteprune
 from nuteprune.files import atomic_folder, save_json, stream_tensors
 from nuteprune.masking import MaskedModel
-from nuteprune.masks import Masks
+from nuteprune.masks import Counts, Masks
+from nuteprune.precision import WithoutRounding
 
 TOLERANCE = 1e-3  # largest logit difference, float32
 _LOGITS = 2**23  # logits compared at once
@@ -44,42 +53,124 @@ class Equality:
     scale: float
 
 
-def compact_config(dense: PretrainedConfig, masks: Masks) -> PretrainedConfig:
-    """The configuration of the compact model: the dense one's with the kept widths."""
-    heads, channels, hidden = masks.counts()
-    stock = _stock(dense)
-    config_class = getattr(modeling_nuteprune, modeling_nuteprune.class_name(stock, "Config"))
+# Left by a load from GGUF, a path of this machine, or written anew.
+_DROPPED = {"quantization_config", "_name_or_path", "name_or_path", "model_type", "transformers_version", "architectures"}
+# Lists with an entry for each layer.
+_PER_LAYER = ("layer_types", "no_rope_layers")
+
+
+def compact_config(dense: PretrainedConfig, arch: Arch, counts: Counts) -> PretrainedConfig:
+    """The configuration of the compact model.
+
+    That of a stock class where all layers are alike and a stock class takes their widths; else one with a width for each
+    layer, whose classes are in `modeling_nuteprune`.
+    """
+    return (stock_config(dense, arch, counts) if counts.uniform else None) or pruned_config(dense, arch, counts)
+
+
+def _shared_values(dense: PretrainedConfig, arch: Arch, counts: Counts) -> dict[str, Any]:
+    """Values of the compact model's configuration, whatever its class."""
     values = {k: v for k, v in dense.to_dict().items() if k not in _DROPPED}
-    values |= {
-        "head_dim": getattr(dense, "head_dim", None) or dense.hidden_size // dense.num_attention_heads,
-        "hidden_size": hidden,
-        "layer_kv_heads": heads,
-        "layer_intermediate_sizes": channels,
-        "queries_per_kv_head": dense.num_attention_heads // dense.num_key_value_heads,
-        "stream_norm_eps": dense.rms_norm_eps * dense.hidden_size / hidden,
-        "architectures": [modeling_nuteprune.class_name(stock, "ForCausalLM")],
+    values |= {"hidden_size": counts.hidden, "head_dim": arch.dims.head_dim, "num_hidden_layers": len(counts.layers)}
+    if (eps := getattr(dense, "rms_norm_eps", None)) is not None:
+        values["rms_norm_eps"] = eps * arch.dims.hidden / counts.hidden
+    for key in _PER_LAYER:
+        if (every := getattr(dense, key, None)) is not None:
+            values[key] = [every[i] for i in counts.layers]
+    return values
+
+
+def stock_config(dense: PretrainedConfig, arch: Arch, counts: Counts) -> PretrainedConfig | None:
+    """The configuration of a stock model with these uniform widths; None if neither the family nor its twin can have them."""
+    first = counts.layers[0]
+    values = _shared_values(dense, arch, counts) | {
+        "num_attention_heads": counts.groups[first] * counts.queries[first],
+        "num_key_value_heads": counts.groups[first],
+        arch.spec.intermediate_key: counts.intermediate[first],
+    }
+    wanted = compact_shapes(arch, counts)
+    for config_class, also in ((type(dense), {}), _twin(arch)):
+        if config_class is None:
+            continue
+        try:
+            config = config_class(**(values | also))
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(config)
+        except (ValueError, TypeError, RuntimeError, StrictDataclassError):  # its own checks; the shapes decide below
+            continue
+        found = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        if found == wanted and _head_dims(model, arch) == {arch.dims.head_dim}:
+            config.architectures = [type(model).__name__]
+            return config
+    return None
+
+
+def _twin(arch: Arch) -> tuple[type[PretrainedConfig] | None, dict[str, Any]]:
+    if arch.spec.twin is None:
+        return None, {}
+    family, values = arch.spec.twin
+    return CONFIG_MAPPING[family], values
+
+
+def _head_dims(model: PreTrainedModel, arch: Arch) -> set[int]:
+    """Channels a head by the attention modules' own account."""
+    return {int(submodule(layer, arch.spec.attention_path).head_dim) for layer in layers(model, arch.spec)}
+
+
+def compact_shapes(arch: Arch, counts: Counts) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every parameter of a compact model."""
+    dims, spec = arch.dims, arch.spec
+    shapes: dict[str, tuple[int, ...]] = {f"{spec.embedding}.weight": (dims.vocab, counts.hidden)}
+    for number, index in enumerate(counts.layers):
+        groups = counts.groups[index]
+        here = replace(
+            dims, hidden=counts.hidden, groups=groups, queries=counts.queries[index], intermediate=counts.intermediate[index]
+        )
+        for name, shape in arch.parameters.items():
+            block = "attention" if name.rpartition(".")[0] in spec.attention else "mlp"
+            if groups if block == "attention" else counts.intermediate[index]:
+                shapes[f"{spec.layers}.{number}.{name}"] = here.shape(shape)
+    shapes[f"{spec.final_norm}.weight"] = (counts.hidden,)
+    if not arch.tied:
+        shapes[f"{spec.head}.weight"] = (dims.vocab, counts.hidden)
+    return shapes | arch.others
+
+
+def pruned_config(dense: PretrainedConfig, arch: Arch, counts: Counts) -> PretrainedConfig:
+    """The configuration of a compact model with a width for each layer."""
+    stock = type(dense).__name__.removesuffix("Config")
+    names = {kind: modeling_nuteprune.class_name(stock, kind) for kind in ("Config", "ForCausalLM")}
+    config_class = getattr(modeling_nuteprune, names["Config"])
+    every = {name.removesuffix(".weight"): [[str(a) for a in dim] for dim in shape] for name, shape in arch.parameters.items()}
+    blocks = {b: {k: v for k, v in every.items() if k in arch.spec.parts(b)} for b in ("attention", "mlp")}
+    values = _shared_values(dense, arch, counts) | {
+        "layer_kv_heads": [counts.groups[i] for i in counts.layers],
+        "layer_queries": [counts.queries[i] for i in counts.layers],
+        "layer_intermediate_sizes": [counts.intermediate[i] for i in counts.layers],
+        "layer_axes": blocks,
+        "attention_module": arch.spec.attention_path,
+        "layer_list": arch.spec.layers,
+        "architectures": [names["ForCausalLM"]],
         "auto_map": {
-            "AutoConfig": f"modeling_nuteprune.{modeling_nuteprune.class_name(stock, 'Config')}",
-            "AutoModelForCausalLM": f"modeling_nuteprune.{modeling_nuteprune.class_name(stock, 'ForCausalLM')}",
+            "AutoConfig": f"modeling_nuteprune.{names['Config']}",
+            "AutoModelForCausalLM": f"modeling_nuteprune.{names['ForCausalLM']}",
         },
     }
     return config_class(**values)  # type: ignore[no-any-return]
 
 
-# Left by a load from GGUF, a path of this machine, or written anew.
-_DROPPED = {"quantization_config", "_name_or_path", "name_or_path", "model_type", "transformers_version", "architectures"}
+def is_stock(config: PretrainedConfig) -> bool:
+    """Whether a configuration is one of transformers' own, which loads without code from the checkpoint."""
+    return not config.model_type.startswith(modeling_nuteprune.PREFIX)
 
 
-def _stock(dense: PretrainedConfig) -> str:
-    """Name of the family's stock classes without their ending: Llama."""
-    return type(dense).__name__.removesuffix("Config")
-
-
-def empty_compact(dense: PretrainedConfig, masks: Masks) -> PreTrainedModel:
+def empty_compact(config: PretrainedConfig) -> PreTrainedModel:
     """The compact model in eval mode without its weights (on the meta device)."""
-    model_class = getattr(modeling_nuteprune, modeling_nuteprune.class_name(_stock(dense), "ForCausalLM"))
     with torch.device("meta"):
-        model: PreTrainedModel = model_class(compact_config(dense, masks))
+        if is_stock(config):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        else:
+            model = getattr(modeling_nuteprune, config.architectures[0])(config)  # type: ignore[index]
     return model.requires_grad_(False).eval()
 
 
@@ -93,23 +184,22 @@ def build_compact(compactor: Compactor, dense: PretrainedConfig) -> PreTrainedMo
     Raises:
         ExportError: the model's code and the weights do not fit.
     """
-    model = empty_compact(dense, compactor.masks)
+    model = empty_compact(compact_config(dense, compactor.arch, compactor.counts))
+    _fill_buffers(model, compactor.masked.device)
     missing, unexpected = model.load_state_dict(dict(compactor.tensors()), strict=False, assign=True)
     if unexpected or set(missing) - {f"{compactor.spec.head}.weight"}:
         raise ExportError(f"the compact model does not take its weights: missing {missing}, unexpected {unexpected}.")
     model.tie_weights()
-    _fill_buffers(model, compactor.masked.device)
     return model
 
 
 def _fill_buffers(model: PreTrainedModel, device: torch.device) -> None:
-    """Makes the buffers that are computed, not stored (rotary frequencies), on a real device."""
+    """Makes the buffers that are computed, not stored (rotary frequencies, embedding scales), on a real device."""
     for module in model.modules():
         if any(b.is_meta for b in module.buffers(recurse=False)):
-            with torch.device(device):
-                fresh = type(module)(config=model.config)
-            for name, buffer in fresh.named_buffers(recurse=False):
-                setattr(module, name, buffer)
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, torch.empty_like(buffer, device=device))
+            model._init_weights(module)  # its weights, if it has any, are on the meta device and stay there
 
 
 @torch.no_grad()
@@ -135,16 +225,19 @@ def check_equal(
         ExportError: they differ by more.
     """
     compactor, ids = Compactor(masked, masks, dtype), blocks.to(masked.device)
-    with masked.computing_in(dtype):
+    with ExitStack() as stack:
+        if dtype is torch.float64:
+            stack.enter_context(WithoutRounding())
+        stack.enter_context(masked.computing_in(dtype))
         masked.set_masks(masks)
         reference = masked.forward(ids).flatten(0, 1)
-    found = _compact_states(compactor, dense, ids).flatten(0, 1)
+        found = _compact_states(compactor, dense, ids).flatten(0, 1)
     largest, scale = 0.0, 0.0
     head = masked.head.weight
     step = max(1, _LOGITS // reference.shape[0])
     for rows in (slice(start, start + step) for start in range(0, head.shape[0], step)):
-        wanted = reference @ head[rows].to(dtype).t()
-        difference = (found @ compactor.head_rows(rows).t() - wanted).abs().max()
+        wanted = masked.arch.capped(reference @ head[rows].to(dtype).t())
+        difference = (masked.arch.capped(found @ compactor.head_rows(rows).t()) - wanted).abs().max()
         largest = max(largest, float(difference)) if difference.isfinite() else float("inf")
         scale = max(scale, float(wanted.abs().max()))
     if largest > tolerance:
@@ -156,14 +249,14 @@ def check_equal(
 
 
 def _compact_states(compactor: Compactor, dense: PretrainedConfig, ids: Tensor) -> Tensor:
-    """Hidden states of the compact model after its final norm; each layer's weights are there while it runs."""
-    model = empty_compact(dense, compactor.masks)
+    """Hidden states of the compact model as its head takes them; each layer's weights are there while it runs."""
+    model = empty_compact(compact_config(dense, compactor.arch, compactor.counts))
     _fill_buffers(model, compactor.masked.device)
     spec = compactor.spec
 
-    def fill(index: int) -> Callable[..., None]:
+    def fill(number: int, index: int) -> Callable[..., None]:
         def hook(layer: nn.Module, args: Any) -> None:
-            prefix = f"{spec.layers}.{index}."
+            prefix = f"{spec.layers}.{number}."
             layer.load_state_dict({k.removeprefix(prefix): t for k, t in compactor.layer(index)}, assign=True)
 
         return hook
@@ -171,12 +264,13 @@ def _compact_states(compactor: Compactor, dense: PretrainedConfig, ids: Tensor) 
     def drop(layer: nn.Module, args: Any, output: Any) -> None:
         layer.to_empty(device="meta")
 
-    for index, layer in enumerate(layers(model, spec)):
-        layer.register_forward_pre_hook(fill(index))
+    for number, (index, layer) in enumerate(zip(compactor.kept_layers, layers(model, spec), strict=True)):
+        layer.register_forward_pre_hook(fill(number, index))
         layer.register_forward_hook(drop)
-    submodule(model, spec.final_norm).load_state_dict({"weight": compactor.norm()[1]}, assign=True)
+    model.load_state_dict(dict([compactor.norm(), *compactor.others()]), assign=True, strict=False)
     decoder = getattr(model, model.base_model_prefix)
-    return decoder(inputs_embeds=compactor.embed(ids), use_cache=False).last_hidden_state  # type: ignore[no-any-return]
+    states: Tensor = decoder(inputs_embeds=compactor.embed(ids), use_cache=False).last_hidden_state
+    return states / compactor.arch.logits_scaling
 
 
 @contextmanager
@@ -201,17 +295,17 @@ def write_folder(
     Yields:
         The folder under its temporary name, whole but for what the caller adds (the model card).
     """
-    config = compact_config(dense, compactor.masks)
+    config = compact_config(dense, compactor.arch, compactor.counts)
     config.dtype = compactor.dtype
-    parameters = dict(empty_compact(dense, compactor.masks).named_parameters())
-    shapes = {name: parameters[name].shape for name in compactor.names()}
+    shapes = {name: torch.Size(shape) for name, shape in compact_shapes(compactor.arch, compactor.counts).items()}
     with atomic_folder(path) as temporary:
         write_shards(temporary, shapes, compactor.dtype, compactor.tensors(), max_shard)
         config.save_pretrained(temporary)
         if generation is not None:
             generation.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        shutil.copyfile(modeling_nuteprune.__file__, temporary / "modeling_nuteprune.py")
+        if not is_stock(config):
+            shutil.copyfile(modeling_nuteprune.__file__, temporary / "modeling_nuteprune.py")
         yield temporary
 
 

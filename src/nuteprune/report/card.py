@@ -9,10 +9,19 @@ import yaml
 from nuteprune import __version__
 from nuteprune.report.facts import RunFacts
 
-LOAD = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{path}", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("{path}", trust_remote_code=True)"""
+def load_lines(path: str, own_code: bool) -> str:
+    """The Python that loads a model.
+
+    Args:
+        path: its folder.
+        own_code: whether the folder carries code of its own.
+    """
+    trust = ", trust_remote_code=True" if own_code else ""
+    return f"""from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{path}"{trust})
+tokenizer = AutoTokenizer.from_pretrained("{path}"{trust})"""
 
 
 def model_card(facts: RunFacts) -> str:
@@ -32,7 +41,12 @@ def model_card(facts: RunFacts) -> str:
     notes = "\n".join(
         [f"- {line.name}: {line.note}" for line in facts.lines() if line.note] + [f"- {x}" for x in facts.left_out]
     )
-    rows = "\n".join(f"| {layer} | {heads} | {channels} |" for layer, heads, channels in facts.left())
+    rows = "\n".join(f"| {' | '.join(map(str, row))} |" for row in facts.left())
+    other = (
+        'or, without remote code, `from nuteprune import load; model, tokenizer = load("PATH")`.'
+        if f.own_code
+        else "All layers have the same widths: a stock model, without code of its own."
+    )
     exact = f"; {f.exact.largest:.2e} in float64" if f.exact is not None else ""
     return f"""---
 {yaml.safe_dump(head, sort_keys=False).strip()}
@@ -56,17 +70,17 @@ Largest logit difference between this checkpoint and the masked model it was tra
 ## Load
 
 ```python
-{LOAD.format(path="PATH")}
+{load_lines("PATH", f.own_code)}
 ```
 
-or, without remote code, `from nuteprune import load; model, tokenizer = load("PATH")`.
+{other}
 
 ## What is left
 
-Hidden size {masks.counts()[2]}.
+Hidden size {masks.counts().hidden}. A layer with nothing left is not in the checkpoint.
 
-| layer | KV groups | intermediate |
-|---|---|---|
+| layer | KV groups | query heads | intermediate |
+|---|---|---|---|
 {rows}
 
 ## Recipe

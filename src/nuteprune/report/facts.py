@@ -36,6 +36,7 @@ class Figures:
         total_before, total_after: parameters of the whole model.
         file_bytes: size of the safetensors files.
         dtype: precision of the exported weights.
+        own_code: whether the model's layers differ, so that its folder carries their code; False for a stock class.
         equality: comparison of compact and masked model, float32.
         exact: the same in float64, where rounding plays no part; None for large models.
         dense, pruned: perplexity before and after, or None where the text was too short to hold any out.
@@ -49,6 +50,7 @@ class Figures:
     total_after: int
     file_bytes: int
     dtype: str
+    own_code: bool
     equality: Equality
     exact: Equality | None
     dense: Perplexity | None
@@ -73,6 +75,7 @@ class Figures:
             "model": {"before": self.total_before, "after": self.total_after, "removed": self.total_sparsity},
             "file_bytes": self.file_bytes,
             "dtype": self.dtype,
+            "own_code": self.own_code,
             "largest_logit_difference": self.equality.largest,
             "largest_logit_difference_float64": self.exact.largest if self.exact else None,
             "compared_tokens": self.equality.tokens,
@@ -96,6 +99,7 @@ class Figures:
             total_after=found["model"]["after"],
             file_bytes=found["file_bytes"],
             dtype=found["dtype"],
+            own_code=found["own_code"],
             equality=Equality(found["largest_logit_difference"], *compared),
             exact=None if exact is None else Equality(exact, *compared),
             dense=None if before is None else Perplexity.from_dict(before),
@@ -255,12 +259,13 @@ class RunFacts:
                 lines.append(Line(name, dense, pruned, kept, row.protocol))
         return lines
 
-    def left(self) -> list[tuple[int, int, int]]:
-        """Layer (from 0), KV groups and intermediate channels that are left."""
+    def left(self) -> list[tuple[int, int, int, int]]:
+        """Layer (from 0), KV groups, query heads in all and intermediate channels that are left."""
         if self.masks is None:
             return []
-        heads, channels, _ = self.masks.counts()
-        return [(layer, h, c) for layer, (h, c) in enumerate(zip(heads, channels, strict=True))]
+        counts = self.masks.counts()
+        columns = zip(counts.groups, counts.queries, counts.intermediate, strict=True)
+        return [(layer, g, g * q, c) for layer, (g, q, c) in enumerate(columns)]
 
     def recipe(self) -> dict[str, Any]:
         """The options without folders of this machine."""

@@ -17,7 +17,7 @@ from nuteprune.config import PruneConfig, flag
 from nuteprune.evaluation.compare import number, shown, shown_ratio
 from nuteprune.files import save_text
 from nuteprune.progress import Reporter, duration
-from nuteprune.report.card import LOAD, model_card
+from nuteprune.report.card import load_lines, model_card
 from nuteprune.report.facts import MODEL, RunFacts
 from nuteprune.report.pictures import DARK, LIGHT, NARROW, WIDE, pictures
 
@@ -105,10 +105,11 @@ def _values(facts: RunFacts, drawn: list[dict[str, Any]], refresh: int | None) -
         "pictures": drawn,
         "teaching": facts.teaching(),
         "left": facts.left(),
-        "hidden": facts.masks.counts()[2] if facts.masks is not None else None,
+        "hidden": facts.masks.counts().hidden if facts.masks is not None else None,
         "given": [("MODEL", recipe["model"]), ("--data", _plain(recipe["data"])), *given],
         "recipe": yaml.safe_dump(recipe, sort_keys=False).strip(),
-        "load": LOAD.format(path=facts.run / MODEL),
+        "load": load_lines(str(facts.run / MODEL), facts.figures is None or facts.figures.own_code),
+        "own_code": facts.figures is not None and facts.figures.own_code,
         "environment": _environment(facts.environment),
         "refresh": refresh,
     }

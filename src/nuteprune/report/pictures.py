@@ -196,8 +196,12 @@ def _phases(axes: Axes, facts: RunFacts, theme: Theme) -> None:
 def _left(facts: RunFacts, theme: Theme, width: float) -> Figure:
     masks = facts.masks
     assert masks is not None
-    layers, groups = masks.heads.shape
+    layers, groups, queries = masks.heads.shape
     hidden = masks.hidden
+    grouped = bool((masks.heads == masks.heads[..., :1]).all())
+    values = (masks.groups if grouped else masks.heads.flatten(1)) * masks.attention.unsqueeze(1)
+    units = groups if grouped else groups * queries
+    kept = (masks.intermediate != 0) & (masks.mlp != 0).unsqueeze(1)
     pruned_hidden = bool((hidden != 1).any())
     height = 0.6 + 0.17 * layers + (0.9 if pruned_hidden else 0.0)
     figure = _empty(theme, width, height)
@@ -206,18 +210,18 @@ def _left(facts: RunFacts, theme: Theme, width: float) -> Figure:
     scale = LinearSegmentedColormap.from_list("kept", theme.scale)
 
     heads = _axes(figure, grid[0, 0], theme)
-    heads.imshow(masks.heads.cpu().numpy(), aspect="auto", cmap=scale, vmin=0, vmax=1, interpolation="nearest")
-    heads.set_xticks([x - 0.5 for x in range(1, groups)], minor=True)
+    heads.imshow(values.cpu().numpy(), aspect="auto", cmap=scale, vmin=0, vmax=1, interpolation="nearest")
+    heads.set_xticks([x - 0.5 for x in range(1, units)], minor=True)
     heads.set_yticks([y - 0.5 for y in range(1, layers)], minor=True)
     heads.grid(visible=False)
     heads.grid(which="minor", color=theme.faint, lw=0.8)
     heads.tick_params(which="minor", length=0)
-    heads.set_xticks(range(groups) if groups <= 4 else [0, groups - 1])
-    heads.set_title("KV groups", size=10, color=theme.ink)
+    heads.set_xticks(range(units) if units <= 4 else [0, units - 1])
+    heads.set_title("KV groups" if grouped else "query heads", size=10, color=theme.ink)
     heads.set_ylabel("layer")
 
     channels = _axes(figure, grid[0, 1], theme)
-    share = (masks.intermediate != 0).float().mean(1).tolist()
+    share = kept.float().mean(1).tolist()
     whole = masks.intermediate.shape[1]
     channels.barh(range(layers), [1.0] * layers, height=0.78, color=theme.scale[0])
     channels.barh(range(layers), share, height=0.78, color=theme.scale[1])
@@ -239,8 +243,7 @@ def _left(facts: RunFacts, theme: Theme, width: float) -> Figure:
         strip = _axes(figure, grid[1, :], theme)
         strip.imshow(hidden.cpu().numpy()[None], aspect="auto", cmap=scale, vmin=0, vmax=1, interpolation="nearest")
         strip.set_yticks([])
-        kept = int((hidden != 0).sum())
-        strip.set_title(f"hidden channels: {kept:,} of {len(hidden):,}", size=10, color=theme.ink)
+        strip.set_title(f"hidden channels: {int((hidden != 0).sum()):,} of {len(hidden):,}", size=10, color=theme.ink)
     return figure
 
 

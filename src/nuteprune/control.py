@@ -1,108 +1,16 @@
-"""What units cost, and how the expected size is driven to the target.
-
-Sparsity is the share of decoder-block parameters removed. The size of the blocks is a polynomial in the numbers of
-kept units; with keep-probabilities in their place it is the expected size (design, section 2).
-"""
+"""How the expected size is driven to the target, and layers to like widths (design, section 2)."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from nuteprune.arch import Arch, Axis, Norm
-from nuteprune.masks import Masks
+from nuteprune.size import BlockSize, Unit
 
-Unit = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class BlockSize:
-    """Parameters of the decoder blocks as a function of what is kept.
-
-    With H hidden channels, g groups and i intermediate channels in a layer, that layer holds
-    g (H head_hidden + head_const) + i (H channel_hidden + channel_const) + H layer_hidden + attention_const [g > 0].
-    """
-
-    layers: int
-    groups: int
-    intermediate: int
-    hidden: int
-    head_hidden: int
-    head_const: int
-    channel_hidden: int
-    channel_const: int
-    layer_hidden: int
-    attention_const: int
-
-    @classmethod
-    def of(cls, arch: Arch) -> BlockSize:
-        """Reads the coefficients off the axes of a layer's parameters."""
-        dims = arch.dims
-        c = dict.fromkeys(
-            ("head_hidden", "head_const", "channel_hidden", "channel_const", "layer_hidden", "attention_const"), 0
-        )
-        for name, axes in arch.parameters.items():
-            per_group = math.prod(dims.size(a) // dims.groups for a in axes if a in (Axis.QUERY, Axis.KV))
-            suffix = "hidden" if Axis.HIDDEN in axes else "const"
-            if Axis.QUERY in axes or Axis.KV in axes:
-                c[f"head_{suffix}"] += per_group
-            elif Axis.INTERMEDIATE in axes:
-                c[f"channel_{suffix}"] += 1
-            elif Axis.HIDDEN in axes:
-                c["layer_hidden"] += 1
-            else:  # q/k norms: gone with the last head of the layer
-                assert isinstance(arch.spec.block[name.rpartition(".")[0]], Norm)
-                c["attention_const"] += dims.head_dim
-        return cls(dims.layers, dims.groups, dims.intermediate, dims.hidden, **c)
-
-    @property
-    def full(self) -> int:
-        """Block parameters of the dense model."""
-        return self.at([self.groups] * self.layers, [self.intermediate] * self.layers, self.hidden)
-
-    def at(self, heads: list[int], intermediate: list[int], hidden: int) -> int:
-        """Block parameters with these counts of kept units (a layer each, and the hidden size)."""
-        units = sum(heads) * (hidden * self.head_hidden + self.head_const)
-        units += sum(intermediate) * (hidden * self.channel_hidden + self.channel_const)
-        attention = sum(n > 0 for n in heads) * self.attention_const
-        return units + self.layers * hidden * self.layer_hidden + attention
-
-    def of_masks(self, masks: Masks) -> int:
-        """Block parameters that masks leave."""
-        return self.at(*masks.counts())
-
-    def sparsity(self, masks: Masks) -> float:
-        """Share of the block parameters that masks remove."""
-        return 1.0 - self.of_masks(masks) / self.full
-
-    def expected_sparsity(self, keep: Unit) -> Tensor:
-        """Expected share removed, differentiable.
-
-        Args:
-            keep: keep-probabilities by kind: heads [L, G], intermediate [L, I], hidden [d].
-
-        Returns:
-            A scalar tensor.
-        """
-        hidden, heads, channels = keep["hidden"].sum(), keep["heads"].sum(), keep["intermediate"].sum()
-        size = heads * (hidden * self.head_hidden + self.head_const)
-        size = size + channels * (hidden * self.channel_hidden + self.channel_const)
-        size = size + self.layers * (hidden * self.layer_hidden + self.attention_const)
-        return 1.0 - size / self.full
-
-    def unit_cost(self) -> dict[str, float]:
-        """Parameters that go with one unit of each kind, all others kept."""
-        hidden = self.layers * (self.groups * self.head_hidden + self.intermediate * self.channel_hidden + self.layer_hidden)
-        return {
-            "heads": float(self.hidden * self.head_hidden + self.head_const),
-            "intermediate": float(self.hidden * self.channel_hidden + self.channel_const),
-            "hidden": float(hidden),
-        }
+_ROUNDS = 50  # of bisection
 
 
 def schedule(step: int, ramp: int, target: float) -> float:
@@ -214,9 +122,7 @@ class ProjectionControl:
         self._last = b
         if float(slope.abs()) < 1e-12:
             return probe.detach()
-        # The value stays b (the bisection is exact); the gradient is that of the implicit function.
-        newton = -current / slope
-        return probe.detach() + newton - newton.detach()
+        return implicit(probe.detach(), current, slope)
 
     def penalty(self, expected: Tensor, target: float) -> Tensor:
         """Nothing: the target is met by construction."""
@@ -237,6 +143,49 @@ class ProjectionControl:
         """No state."""
 
 
+def implicit(root: Tensor, value: Tensor, slope: Tensor) -> Tensor:
+    """A root that was found without gradients, with those of the implicit function: one Newton step that adds nothing.
+
+    Args:
+        root: x with f(x) = target.
+        value: f(x), with gradients of everything but x.
+        slope: df/dx.
+    """
+    newton = -value / slope
+    return root + newton - newton.detach()
+
+
+def balanced(scores: Unit, keep: Callable[[Tensor], Tensor], wanted: dict[str, Tensor]) -> Unit:
+    """Shifts each row of scores so that the expected number of units that it keeps is the one wanted.
+
+    Args:
+        scores: by kind; rows are layers, [L, ...], or the whole of a kind that layers share, [n].
+        keep: keep-probabilities of scores, elementwise.
+        wanted: by kind, units to keep in each row, a scalar; gradients pass through it. Kinds that are not in it stay.
+
+    Returns:
+        The scores, with gradients along the constraint.
+    """
+    out = dict(scores)
+    for kind, count in wanted.items():
+        rows = scores[kind].flatten(1) if scores[kind].dim() > 1 else scores[kind].unsqueeze(0)
+        with torch.no_grad():
+            low = torch.full((len(rows), 1), float(-rows.max()) - 50.0, device=rows.device)
+            high = torch.full_like(low, float(-rows.min()) + 50.0)
+            for _ in range(_ROUNDS):
+                middle = (low + high) / 2
+                enough = keep(rows + middle).sum(1, keepdim=True) >= count
+                low, high = torch.where(enough, low, middle), torch.where(enough, middle, high)
+        shift = high
+        if rows.requires_grad:
+            probe = high.detach().requires_grad_(True)
+            kept = keep(rows + probe).sum(1, keepdim=True)
+            (slope,) = torch.autograd.grad(kept.sum(), probe, retain_graph=True)
+            shift = torch.where(slope.abs() < 1e-12, high, implicit(high, kept - count, slope.clamp_min(1e-12)))
+        out[kind] = (rows + shift).view(scores[kind].shape)
+    return out
+
+
 def _bracket(log_alpha: Unit) -> tuple[float, float]:
     """Offsets that close and open every gate."""
     low = min(float(a.detach().min()) for a in log_alpha.values())
@@ -244,7 +193,7 @@ def _bracket(log_alpha: Unit) -> tuple[float, float]:
     return -high - 50.0, -low + 50.0
 
 
-def bisect(enough: Callable[[float], bool], low: float, high: float, rounds: int = 50) -> float:
+def bisect(enough: Callable[[float], bool], low: float, high: float, rounds: int = _ROUNDS) -> float:
     """Smallest x in [low, high] for which `enough` holds, given that it holds from some x upwards."""
     for _ in range(rounds):
         middle = (low + high) / 2
