@@ -38,10 +38,10 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 # The surface of `nuteprune prune`: a change here is a change for users.
 SURFACE = """
 batch-size checkpoint-every compile config control control-lr data device dtype gate-init gate-init-batches gate-lr
-gate-width gates grad-clip gradient-checkpointing head-bias help hidden-loss hidden-weight keep-checkpoints kl-weight lm-weight
-lora-alpha lora-rank lora-targets lr lr-schedule out prune quiet recipe recovery round-hidden round-intermediate
-save-dtype seed seq-len snapshot-every sparsity steps teacher-lag teachers temperature text-key tokens track warmup
-weight-decay
+gate-width gates grad-clip gradient-checkpointing head-bias head-unit help hidden-loss hidden-weight keep-checkpoints
+kl-weight lm-weight lora-alpha lora-rank lora-targets lr lr-schedule out prune quiet recipe recovery round-heads
+round-hidden round-intermediate save-dtype seed seq-len snapshot-every sparsity steps target-shape teacher-lag
+teachers temperature text-key tokens track uniform warmup weight-decay
 """.split()
 
 
@@ -49,7 +49,7 @@ def test_help_names_every_option_with_default_and_source(call: Any) -> None:
     code, out, _ = call("prune", "--help")
     assert code == 0
     plain = re.sub(r"\x1b\[[0-9;]*m", "", out)
-    found = set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", plain)) - {"no-gradient-checkpointing", "no-compile"}
+    found = set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", plain)) - {"no-gradient-checkpointing", "no-compile", "no-uniform"}
     assert found >= set(SURFACE)
     own = {m.group(1) for line in plain.splitlines() if (m := re.match(r"[│\s*]*--([a-z-]+)", line))}
     assert own <= set(SURFACE)
@@ -83,7 +83,7 @@ def _args(tmp_path: Path, model_folder: Path, text_file: Path, **changes: str) -
         "round-intermediate": "4", "lora-rank": "2", "gate-init-batches": "1", "device": "cpu", "sparsity": "0.2",
     }  # fmt: skip
     options |= {k.replace("_", "-"): v for k, v in changes.items()}
-    return [str(model_folder), *(part for k, v in options.items() for part in (f"--{k}", v))]
+    return [str(model_folder), *(part for k, v in options.items() for part in (f"--{k}", v) if part)]
 
 
 def test_prune_then_eval_then_inspect(call: Any, tmp_path: Path, model_folder: Path, text_file: Path) -> None:
@@ -149,7 +149,16 @@ BAD: list[tuple[dict[str, str], str]] = [
     ({"sparsity": "nan"}, r"--sparsity got nan; allowed is a finite number"),
     ({"sparsity": "0.999"}, r"--sparsity got 0.999, but pruning heads, intermediate of this model removes at most"),
     ({"prune": "heads", "sparsity": "0.6"}, r"--sparsity got 0.6, but pruning heads of this model"),
-    ({"prune": "layers"}, r"--prune got 'layers'; allowed are heads, intermediate, hidden"),
+    ({"prune": "blocks"}, r"--prune got 'blocks'; allowed are heads, intermediate, hidden, attention, mlp, layers"),
+    ({"prune": "layers,mlp"}, r"--prune got layers and mlp; layers are both blocks at once"),
+    ({"prune": "heads,mlp", "uniform": ""}, r"--prune got mlp with --uniform, whose layers are alike; prune layers instead"),
+    ({"prune": "intermediate", "head-unit": "query"}, r"--head-unit got 'query', but --prune has no heads"),
+    ({"head-unit": "head"}, r"--head-unit got 'head'; allowed are group, query"),
+    ({"round-heads": "3"}, r"--round-heads got 3; this model's width is 2"),
+    ({"target-shape": "heads=3"}, r"--target-shape got heads=3; allowed for this model is 2 to 4 in steps of 2"),
+    ({"target-shape": "depth=3"}, r"--target-shape got 'depth=3'; allowed is each of hidden=N"),
+    ({"target-shape": "intermediate=24", "sparsity": "0.4"}, r"--sparsity got 0.4, but --target-shape means 0.29"),
+    ({"target-shape": "intermediate=24", "control": "lagrangian"}, r"--control got 'lagrangian'; with --target-shape"),
     ({"prune": "heads,heads"}, r"--prune got .*each unit once"),
     ({"gates": "soft"}, r"--gates got 'soft'; allowed are hard-concrete, deterministic"),
     ({"teachers": "one"}, r"--teachers got 'one'; allowed are numerous, intact, none"),
@@ -225,7 +234,14 @@ def test_bad_folders_and_models(call: Any, tmp_path: Path, model_folder: Path, t
 
     gpt2 = tmp_path / "gpt2"
     GPT2Config(n_layer=1).save_pretrained(gpt2)
-    _is_one_sentence(*call("prune", *_args(tmp_path, gpt2, text_file)), r"family 'gpt2' is not supported; supported are llama")
+    from transformers import MixtralConfig
+
+    moe = tmp_path / "moe"
+    MixtralConfig(num_hidden_layers=1).save_pretrained(moe)
+    _is_one_sentence(
+        *call("prune", *_args(tmp_path, moe, text_file)), r"'mixtral' is a mixture of 8 experts; a unit that a router"
+    )
+    _is_one_sentence(*call("prune", *_args(tmp_path, gpt2, text_file)), r"family 'gpt2' is not supported; .*families.py")
 
     odd = tmp_path / "odd"
     odd.mkdir()

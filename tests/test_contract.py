@@ -246,34 +246,40 @@ def test_a_hidden_size_that_heads_do_not_divide_takes_the_twin() -> None:
     assert compact_config(gemma, Arch.from_config(gemma), masks.counts()).model_type == "nuteprune_gemma2"
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_loads_without_nuteprune(family: str, tmp_path: Path) -> None:
-    """A process that cannot import nuteprune loads the folder as remote code, and refuses it without."""
-    config = tiny_config(family)
-    masked = masked_model(config)
-    compactor = Compactor(masked, contract_masks(masked.arch, 4))
-    compact = build_compact(compactor, config)
-    save(tmp_path / "m", compactor, config)
-    ids = [[5, 6, 7, 8, 9]]
+def test_loads_without_nuteprune(tmp_path: Path) -> None:
+    """A process that cannot import nuteprune loads the folders as remote code, and refuses them without."""
+    ids, expected = [[5, 6, 7, 8, 9]], {}
+    for family in sorted(FAMILIES):
+        config = tiny_config(family)
+        masked = masked_model(config)
+        compactor = Compactor(masked, contract_masks(masked.arch, 4))
+        with torch.no_grad():
+            expected[family] = build_compact(compactor, config)(torch.tensor(ids)).logits
+        save(tmp_path / family, compactor, config)
     script = f"""
 import sys; sys.modules["nuteprune"] = None
-import json, torch
+import json, pathlib, torch
 from transformers import AutoModelForCausalLM
-try:
-    AutoModelForCausalLM.from_pretrained({str(tmp_path / "m")!r}, trust_remote_code=False)
-    sys.exit("loaded without trust_remote_code")
-except (ValueError, KeyError):
-    pass
-model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "m")!r}, trust_remote_code=True)
-with torch.no_grad():
-    print(json.dumps(model(torch.tensor({ids})).logits.tolist()))
-"""
-    env_home = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env_home, check=False)
-    assert done.returncode == 0, done.stderr
+found = {{}}
+for folder in sorted(pathlib.Path({str(tmp_path)!r}).iterdir()):
+    try:
+        AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
+        sys.exit(f"{{folder}} loaded without trust_remote_code")
+    except (ValueError, KeyError):
+        pass
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     with torch.no_grad():
-        expected = compact(torch.tensor(ids)).logits
-    assert torch.allclose(torch.tensor(json.loads(done.stdout)), expected, atol=1e-6)
+        found[folder.name] = model(torch.tensor({ids})).logits.tolist()
+print(json.dumps(found))
+"""
+    home = tmp_path.with_name("home")
+    environment = {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert set(found) == set(FAMILIES)
+    for family, logits in found.items():
+        assert torch.allclose(torch.tensor(logits), expected[family], atol=1e-6), family
 
 
 @pytest.mark.parametrize(

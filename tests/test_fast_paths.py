@@ -90,7 +90,7 @@ def _masked(fused: bool, config: Any = None, dtype: torch.dtype = torch.float32)
 
 def _gradients(masked: MaskedModel) -> tuple[torch.Tensor, list[torch.Tensor]]:
     masks = random_masks(masked.arch, 1)
-    leaves = [t.requires_grad_() for t in masks.tensors().values()]
+    leaves = [getattr(masks, kind).requires_grad_() for kind in masked.kinds]
     masked.set_masks(masks)
     out = masked.forward(IDS)
     loss = (out.float() * torch.randn(out.shape, generator=torch.Generator().manual_seed(2))).sum()
@@ -169,13 +169,13 @@ def test_arranged_roles_compute_the_same(family: str, align: int, monkeypatch: p
         return found
 
     wanted = outputs()
-    masked.arrange(Arrangement.of(masked.arch.dims, student, teachers))
+    masked.arrange(Arrangement.of(masked.arch.dims, masked.arch.spec.narrow, student, teachers))
     for found, reference in zip(outputs(), wanted, strict=True):
         torch.testing.assert_close(found, reference, rtol=1e-5, atol=1e-5)
     widths = masked.prepare(student, None).widths
     kept = (student.intermediate != 0).sum(1).tolist()
     assert list(widths.intermediate) == [min(-(-n // align) * align, 48) for n in kept]
-    assert list(widths.heads) == [max(int(n), 1) for n in (student.heads != 0).sum(1)]
+    assert list(widths.heads) == [max(int(n), 1) for n in (student.groups != 0).sum(1)]
 
     masked.restore()
     for name, p in masked.model.named_parameters():
@@ -187,7 +187,7 @@ def test_views_cost_no_memory_and_lora_goes_there_and_back() -> None:
     masked = _masked(True)
     pointers = {name: p.data_ptr() for name, p in masked.model.named_parameters() if "lora_" not in name}
     student, teachers = _nested(masked)
-    masked.arrange(Arrangement.of(masked.arch.dims, student, teachers))
+    masked.arrange(Arrangement.of(masked.arch.dims, masked.arch.spec.narrow, student, teachers))
     role = masked.prepare(student, None)
     masked.install(role)
     assert {name: p.data_ptr() for name, p in masked.model.named_parameters() if "lora_" not in name} == pointers
@@ -253,7 +253,7 @@ def test_compiled_run_follows_the_plain_one(
 def test_masks_from_elsewhere_come_to_the_arrangement() -> None:
     """Snapshots lie in CPU memory while the order is on the model's device."""
     dims = Arch.from_config(tiny_config()).dims
-    order = Arrangement.of(dims, Masks.ones(dims, torch.device("cpu")), [])
+    order = Arrangement.of(dims, ("heads", "intermediate"), Masks.ones(dims, torch.device("cpu")), [])
     with torch.device("meta"):
-        elsewhere = Arrangement(dims, order.heads.to("meta"), order.intermediate.to("meta"))
+        elsewhere = Arrangement(dims, order.narrow, order.heads.to("meta"), order.intermediate.to("meta"))
     assert elsewhere.masks(Masks.ones(dims, torch.device("cpu"))).heads.device.type == "meta"

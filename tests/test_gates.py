@@ -6,24 +6,20 @@ import math
 
 import pytest
 import torch
-from conftest import KINDS, tiny_config
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from conftest import KINDS, random_masks, tiny_config
 
 from nuteprune.arch import Arch
-from nuteprune.discretise import Discretiser, Rounding
-from nuteprune.errors import ConfigError
-from nuteprune.gates import BETA, GAMMA, OPEN, ZETA, Deterministic, GateSet, HardConcrete
-from nuteprune.masks import Masks, unit_shapes
-from nuteprune.sparsity import BlockSize, LagrangianControl, ProjectionControl, schedule
+from nuteprune.control import LagrangianControl, ProjectionControl, schedule
+from nuteprune.gates import BETA, GAMMA, OPEN, ZETA, Deterministic, GateSet, HardConcrete, unit_shapes
+from nuteprune.masks import mask_shapes
+from nuteprune.size import BlockSize
 
 ARCH = Arch.from_config(tiny_config())
-BIASED = Arch.from_config(tiny_config(attention_bias=True, mlp_bias=True))
 SIZE = BlockSize.of(ARCH)
 
 
-def _gates(gate: object, kinds: tuple[str, ...] = KINDS, spread: float = 0.0) -> GateSet:
-    gates = GateSet(ARCH, kinds, gate, torch.Generator().manual_seed(0))  # type: ignore[arg-type]
+def _gates(gate: object, kinds: tuple[str, ...] = KINDS, spread: float = 0.0, head_unit: str = "group") -> GateSet:
+    gates = GateSet(ARCH, kinds, gate, torch.Generator().manual_seed(0), head_unit)  # type: ignore[arg-type]
     with torch.no_grad():
         for a in gates.log_alpha.values():
             a.add_(spread * torch.randn(a.shape, generator=torch.Generator().manual_seed(1)))
@@ -60,16 +56,38 @@ def test_deterministic_gate_narrows_and_always_has_a_gradient() -> None:
     assert gate.mu == pytest.approx(0.05)
 
 
-def test_size_of_everything_is_the_model() -> None:
-    assert SIZE.full == sum(math.prod(ARCH.dims.size(a) for a in axes) for axes in ARCH.parameters.values()) * ARCH.dims.layers
-    keep = {k: torch.ones(s) for k, s in unit_shapes(ARCH.dims).items()}
-    assert SIZE.expected_sparsity(keep).item() == pytest.approx(0.0, abs=1e-6)
+@pytest.mark.parametrize("family", ["llama", "phi3", "olmo2", "gemma2", "opt"])
+def test_size_of_everything_is_the_model(family: str) -> None:
+    arch = Arch.from_config(tiny_config(family))
+    size = BlockSize.of(arch)
+    assert size.full == sum(math.prod(arch.dims.shape(shape)) for shape in arch.parameters.values()) * arch.dims.layers
+    keep = {k: torch.ones(s) for k, s in mask_shapes(arch.dims).items()}
+    assert size.expected_sparsity(keep | {"groups": keep["heads"][..., 0]}).item() == pytest.approx(0.0, abs=1e-6)
 
 
-def test_expected_size_of_binary_probabilities_is_the_exact_size() -> None:
-    generator = torch.Generator().manual_seed(3)
-    keep = {k: (torch.rand(s, generator=generator) > 0.4).float() for k, s in unit_shapes(ARCH.dims).items()}
-    assert SIZE.expected_sparsity(keep).item() == pytest.approx(SIZE.sparsity(Masks(**keep)), abs=1e-6)
+@pytest.mark.parametrize("family", ["llama", "phi3", "olmo2", "gemma2", "opt"])
+def test_expected_size_of_binary_probabilities_is_the_exact_size(family: str) -> None:
+    arch = Arch.from_config(tiny_config(family))
+    size = BlockSize.of(arch)
+    masks = random_masks(arch, 3, (*KINDS, "attention", "mlp"), soft=False)
+    masks.heads[:, 0] = masks.intermediate[:, 0] = 1.0  # a block goes by its own mask
+    keep = {k: t.float() for k, t in masks.tensors().items()} | {"groups": masks.groups}
+    assert size.expected_sparsity(keep).item() == pytest.approx(size.sparsity(masks), abs=1e-6)
+
+
+@pytest.mark.parametrize("head_unit", ["group", "query"])
+def test_a_unit_costs_what_goes_with_it(head_unit: str) -> None:
+    cost = SIZE.unit_cost(head_unit)
+    everything = {k: torch.ones(s) for k, s in mask_shapes(ARCH.dims).items()}
+    everything["groups"] = torch.ones(3, 2)
+    for kind in ("heads", "intermediate", "hidden", "attention", "mlp"):
+        keep = {k: t.clone() for k, t in everything.items()}
+        if kind == "heads" and head_unit == "group":
+            keep["heads"][0, 0] = keep["groups"][0, 0] = 0.0
+        else:
+            keep[kind].view(-1)[0] = 0.0
+        assert SIZE.expected_sparsity(keep).item() * SIZE.full == pytest.approx(cost[kind], rel=1e-3), kind
+    assert cost["layers"] == cost["attention"] + cost["mlp"] == SIZE.full / 3
 
 
 @pytest.mark.parametrize("gate", [HardConcrete(), Deterministic(0.5, 0.05)])
@@ -96,7 +114,7 @@ def test_projection_passes_gradients_to_single_gates() -> None:
     gates = _gates(Deterministic(0.5, 0.05), spread=1.0)
     offset = ProjectionControl(SIZE).offset(gates.scores(), gates.keep, 0.3)
     masks = gates.sample(gates.scores(offset), torch.Generator())
-    (gradient,) = torch.autograd.grad(masks.heads[0, 0], gates.log_alpha["heads"])
+    (gradient,) = torch.autograd.grad(masks.heads[0, 0, 0], gates.log_alpha["heads"])
     assert gradient[0, 0] > 0
     assert gradient[1, 1] < 0  # another group gives way
 
@@ -135,63 +153,39 @@ def test_schedule_is_linear_then_flat() -> None:
     assert [round(schedule(s, 4, 0.2), 3) for s in range(6)] == [0.05, 0.1, 0.15, 0.2, 0.2, 0.2]
 
 
-shapes = st.tuples(st.sampled_from([1, 4, 8, 48]), st.sampled_from([1, 4, 32]))
+@pytest.mark.parametrize("gate", [HardConcrete(), Deterministic(0.5, 0.05)])
+@pytest.mark.parametrize("head_unit", ["group", "query"])
+def test_like_layers_keep_equally_many_and_the_size_stays(gate: object, head_unit: str) -> None:
+    gates = _gates(gate, (*KINDS, "layers"), spread=1.0, head_unit=head_unit)
+    control = ProjectionControl(SIZE)
+    scores = gates.scores(control.offset(gates.scores(), gates.keep, 0.3))
+    assert gates.keep(scores)["intermediate"].sum(1).std() > 0.1
+    alike = gates.alike(scores)
+    keep = gates.keep(alike)
+    for kind in ("heads", "intermediate"):
+        each = keep[kind].flatten(1).sum(1)
+        assert torch.allclose(each, each.mean().expand_as(each), rtol=1e-4)
+    expected = SIZE.expected_sparsity(keep)
+    assert expected.item() == pytest.approx(0.3, abs=2e-5)
+    channels = keep["intermediate"].sum(1)
+    (gradient,) = torch.autograd.grad(channels[0] - channels[1], gates.log_alpha["intermediate"], retain_graph=True)
+    assert gradient.abs().max() < 1e-4  # no move of the gates makes one layer wider than another
+    first = gates.sample(alike, torch.Generator().manual_seed(0)).intermediate[0, :8].sum()
+    (gradient,) = torch.autograd.grad(first, gates.log_alpha["intermediate"])
+    assert gradient.abs().max() > 1e-3
 
 
-@settings(max_examples=60, deadline=None)
-@given(
-    sparsity=st.floats(0.01, 0.9),
-    kinds=st.sampled_from(
-        [KINDS, ("heads", "intermediate"), ("intermediate",), ("intermediate", "hidden"), ("heads", "hidden"), ("hidden",)]
-    ),
-    rounding=st.tuples(st.sampled_from([1, 4, 8, 16]), st.sampled_from([1, 4, 8])),
-    seed=st.integers(0, 1000),
-    biased=st.booleans(),
-    piled=st.booleans(),
-)
-def test_discrete_size_is_the_nearest_not_above(
-    sparsity: float, kinds: tuple[str, ...], rounding: tuple[int, int], seed: int, biased: bool, piled: bool
-) -> None:
-    arch = BIASED if biased else ARCH
-    size = BlockSize.of(arch)
-    discretiser = Discretiser(arch, size, kinds, Rounding(*rounding))
-    generator = torch.Generator().manual_seed(seed)
-    scores = {k: torch.randn(s, generator=generator) for k, s in unit_shapes(arch.dims).items() if k in kinds}
-    if piled:  # as hard-concrete gates are at the bounds of log_alpha
-        scores = {k: (4 * s).clamp(-0.5, 0.5) for k, s in scores.items()}
-    try:
-        kept = discretiser(scores, sparsity)
-    except ConfigError as error:
-        assert "removes at most" in str(error)  # noqa: PT017
-        return
-    heads, channels = kept["heads"].sum(1).tolist(), kept["intermediate"].sum(1).tolist()
-    hidden = int(kept["hidden"].sum())
-    found, budget = size.at(heads, channels, hidden), size.full * (1 - sparsity)
-    assert found <= budget * (1 + 1e-9)
-    step = rounding[0] * (hidden * size.channel_hidden + size.channel_const)
-    room_left = "intermediate" in kinds and any(c + rounding[0] <= arch.dims.intermediate for c in channels)
-    assert not room_left or found + step > budget * (1 - 1e-9)  # nothing more would have fitted
-    assert sum(heads) > 0
-    if "intermediate" in kinds:
-        assert all(c % rounding[0] == 0 for c in channels)
-    if "hidden" in kinds:
-        assert hidden % rounding[1] == 0
-    if biased:
-        assert min(heads) > 0
-        assert min(channels) > 0
-    for kind in kinds:  # within a layer the best units stay
-        rows_kept, rows = kept[kind].reshape(-1, kept[kind].shape[-1]), scores[kind].reshape(-1, scores[kind].shape[-1])
-        for k, row in zip(rows_kept, rows, strict=True):
-            if k.any() and not k.all():
-                assert row[k].min() >= row[~k].max()
-
-
-def test_unreachable_sparsity_says_what_is_reachable() -> None:
-    discretiser = Discretiser(ARCH, SIZE, ("heads",), Rounding())
-    with pytest.raises(ConfigError, match=r"--sparsity got 0.9, but pruning heads of this model removes at most 0\.\d+"):
-        discretiser.check(0.9)
-    with pytest.raises(ConfigError, match=r"--round-intermediate got 64; this model's width is 48"):
-        Discretiser(ARCH, SIZE, ("intermediate",), Rounding(intermediate=64)).check(0.1)
+@pytest.mark.parametrize("head_unit", ["group", "query"])
+def test_widths_wanted_are_the_widths_expected(head_unit: str) -> None:
+    gates = _gates(Deterministic(0.5, 0.05), (*KINDS, "layers"), spread=1.0, head_unit=head_unit)
+    wanted = {"heads": 1.25, "intermediate": 20.5, "hidden": 17.0, "layers": 2.5}
+    keep = gates.keep(gates.alike(gates.scores(), wanted))
+    assert torch.allclose(keep["intermediate"].sum(1), torch.full((3,), 20.5), atol=1e-3)
+    units = keep["groups"].sum(1) if head_unit == "group" else keep["heads"].sum((1, 2)) / ARCH.dims.groups
+    assert torch.allclose(units, torch.full((3,), 1.25), atol=1e-3)
+    assert keep["hidden"].sum().item() == pytest.approx(17.0, abs=1e-3)
+    assert keep["attention"].sum().item() == pytest.approx(2.5, abs=1e-3)
+    assert torch.equal(keep["attention"], keep["mlp"])
 
 
 def test_importance_start_orders_units_and_favours_heads() -> None:
@@ -200,7 +194,7 @@ def test_importance_start_orders_units_and_favours_heads() -> None:
         "heads": torch.arange(1.0, 7.0).view(3, 2),
         "intermediate": torch.rand(3, 48, generator=torch.Generator().manual_seed(0)) + 0.1,
     }
-    gates.start_from_importance(importance, SIZE.unit_cost(), head_bias=2.0)
+    gates.start_from_importance(importance, SIZE.unit_cost("group"), head_bias=2.0)
     heads, channels = gates.log_alpha["heads"].detach(), gates.log_alpha["intermediate"].detach()
     assert (heads.flatten().argsort() == torch.arange(6)).all()
     assert heads.mean() - channels.mean() == pytest.approx(2.0, abs=1e-4)
@@ -210,8 +204,8 @@ def test_importance_start_orders_units_and_favours_heads() -> None:
 
 def test_importance_start_of_hard_concrete_stays_open_and_in_range() -> None:
     gates = _gates(HardConcrete())
-    importance = {k: torch.rand(s) + 1e-3 for k, s in unit_shapes(ARCH.dims).items()}
-    gates.start_from_importance(importance, SIZE.unit_cost(), head_bias=1.0)
+    importance = {k: torch.rand(s) + 1e-3 for k, s in unit_shapes(ARCH.dims, "group").items()}
+    gates.start_from_importance(importance, SIZE.unit_cost("group"), head_bias=1.0)
     before = {k: a.detach().clone() for k, a in gates.log_alpha.items()}
     gates.clamp_()
     assert all(torch.equal(before[k], a.detach()) for k, a in gates.log_alpha.items())

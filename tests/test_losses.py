@@ -15,8 +15,9 @@ from nuteprune.losses import HiddenLoss, head_loss
 @pytest.mark.parametrize("temperature", [1.0, 2 / 3])
 @pytest.mark.parametrize(("kl_weight", "lm_weight"), [(1.0, 0.0), (0.3, 0.7), (0.0, 1.0)])
 @pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("softcap", [None, 2.0])
 def test_head_loss_equals_plain_autograd(
-    temperature: float, kl_weight: float, lm_weight: float, bias: bool, monkeypatch: pytest.MonkeyPatch
+    temperature: float, kl_weight: float, lm_weight: float, bias: bool, softcap: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(losses._CHUNK_VALUES, "cpu", 1)  # several chunks of at most 16 rows
     g = torch.Generator().manual_seed(0)
@@ -25,10 +26,15 @@ def test_head_loss_equals_plain_autograd(
     weight, b = torch.randn(40, 12, generator=g), torch.randn(40, generator=g) if bias else None
     ids = torch.randint(40, (3, 15), generator=g)
 
-    fused = head_loss(student, teacher, ids, weight, b, temperature=temperature, kl_weight=kl_weight, lm_weight=lm_weight)
+    fused = head_loss(
+        student, teacher, ids, weight, b,
+        temperature=temperature, kl_weight=kl_weight, lm_weight=lm_weight, softcap=softcap,
+    )  # fmt: skip
     (found,) = torch.autograd.grad(fused.total, student)
 
     s, t = F.linear(student, weight, b), F.linear(teacher, weight, b)
+    if softcap is not None:
+        s, t = softcap * torch.tanh(s / softcap), softcap * torch.tanh(t / softcap)
     kl = F.kl_div(
         (s / temperature).log_softmax(-1).flatten(0, 1),
         (t / temperature).log_softmax(-1).flatten(0, 1),

@@ -98,8 +98,8 @@ def test_a_finished_run(finished: Path) -> None:
     for text in (facts.teaching_line(), f"{facts.figures.blocks_after:,}", "trust_remote_code=True"):
         assert text in page.text
         assert text in card
-    for layer, heads, channels in facts.left():
-        assert f"<td>{layer}</td><td>{heads}</td><td>{channels}</td>" in source
+    for layer, groups, heads, channels in facts.left():
+        assert f"<td>{layer}</td><td>{groups}</td><td>{heads}</td><td>{channels}</td>" in source
     assert str(finished.parent) not in card, "no folders of this machine in what gets published"
     assert "base_model" not in card, "a folder is no hub id"
 
@@ -127,10 +127,10 @@ def test_the_facts_are_those_of_the_run(finished: Path) -> None:
     assert facts.teaching()[-1] == ("intact", facts.teaching()[-1][1], 15)
     assert sum(last - first + 1 for _, first, last in facts.teaching()) == 16
     assert facts.masks is not None
-    heads, channels, hidden = facts.masks.counts()
+    counts = facts.masks.counts()
     config = json.loads((finished / "model/config.json").read_text())
-    assert config["hidden_size"] == hidden
-    assert [(h, c) for _, h, c in facts.left()] == list(zip(heads, channels, strict=True))
+    assert config["hidden_size"] == counts.hidden
+    assert [(g, c) for _, g, _, c in facts.left()] == list(zip(counts.groups, counts.intermediate, strict=True))
     shutil.rmtree(finished / "checkpoints")  # to save space
     assert RunFacts.read(finished).left() == facts.left()
 

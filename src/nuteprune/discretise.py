@@ -120,7 +120,7 @@ class Discretiser:
         self.check(sparsity)
         flat = self._untied(scores)
         if self.shape is not None:
-            return self._units(flat, self._shaped(flat, self.shape.units_at(sparsity)))
+            return self._units(flat, self._shaped(flat, self.shape, sparsity))
         budget = self.size.full * (1 - sparsity) * (1 + 1e-12)  # a whole number of parameters stays one
         every = torch.cat([s.flatten() for s in flat.values()])
         span = (float(every.min()) - 1.0, float(every.max()) + 1.0)
@@ -315,9 +315,15 @@ class Discretiser:
                     widths = more
         return widths
 
-    def _shaped(self, scores: Unit, units: dict[str, float]) -> _Widths:
-        """The widths of a point on the way to the target shape."""
-        counts = {kind: max(1, round(n)) for kind, n in units.items()}
+    def _shaped(self, scores: Unit, shape: TargetShape, sparsity: float) -> _Widths:
+        """The widths of a point on the way to the target shape; channels make up for what the coarser units round."""
+        counts = {kind: max(1, round(n)) for kind, n in shape.units_at(sparsity).items()}
+        if "intermediate" in counts and sparsity < shape.sparsity:
+            budget, dims = self.size.full * (1 - sparsity), self.arch.dims
+            at = self.uniform_counts(counts | {"intermediate": 0})
+            left = budget - self.size.at(at) - len(at.layers) * self.size.mlp(0, at.hidden)
+            channels = round(left / (len(at.layers) * (self.size.mlp(1, at.hidden) - self.size.mlp(0, at.hidden))))
+            counts["intermediate"] = min(max(channels, shape.units["intermediate"]), dims.intermediate)
         widths = self._everything(counts.get("hidden", self.arch.dims.hidden))
         for kind in ROWS:
             if kind in counts:
