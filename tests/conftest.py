@@ -24,7 +24,7 @@ from nuteprune.arch import Arch
 from nuteprune.config import PruneConfig
 from nuteprune.masks import Masks, mask_shapes
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # tiny models: a second thread only waits
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
 KINDS = ("heads", "intermediate", "hidden")
@@ -36,6 +36,7 @@ FAMILY_VALUES: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": None},
     "gemma2": {"query_pre_attn_scalar": 8, "sliding_window": 8},
     "gemma3_text": {"query_pre_attn_scalar": 8, "sliding_window": 8, "sliding_window_pattern": 2},
+    "olmo3": {"sliding_window": 8},
     "granite": {
         "embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.7, "attention_multiplier": 0.3,
     },
@@ -65,7 +66,7 @@ def tiny_config(family: str = "llama", **changes: Any) -> Any:
         "pad_token_id": 1,
     }
     own = FAMILY_VALUES.get(family, {})
-    values = {k: v for k, v in values.items() if own.get(k, v) is not None} | {k: v for k, v in own.items() if k not in values}
+    values = {k: v for k, v in (values | own).items() if v is not None or k not in values}
     return AutoConfig.for_model(family, **{**values, **changes})
 
 

@@ -83,6 +83,8 @@ def _args(tmp_path: Path, model_folder: Path, text_file: Path, **changes: str) -
         "round-intermediate": "4", "lora-rank": "2", "gate-init-batches": "1", "device": "cpu", "sparsity": "0.2",
     }  # fmt: skip
     options |= {k.replace("_", "-"): v for k, v in changes.items()}
+    flags = {"uniform"}  # without a value
+    options = {k: v for k, v in options.items() if v or k in flags}
     return [str(model_folder), *(part for k, v in options.items() for part in (f"--{k}", v) if part)]
 
 
@@ -152,13 +154,17 @@ BAD: list[tuple[dict[str, str], str]] = [
     ({"prune": "blocks"}, r"--prune got 'blocks'; allowed are heads, intermediate, hidden, attention, mlp, layers"),
     ({"prune": "layers,mlp"}, r"--prune got layers and mlp; layers are both blocks at once"),
     ({"prune": "heads,mlp", "uniform": ""}, r"--prune got mlp with --uniform, whose layers are alike; prune layers instead"),
-    ({"prune": "intermediate", "head-unit": "query"}, r"--head-unit got 'query', but --prune has no heads"),
+    ({"prune": "intermediate", "head-unit": "query"}, r"--head-unit got 'query', but no heads are pruned"),
+    ({"target-shape": "layers=2", "head-unit": "query", "sparsity": ""}, r"--head-unit got 'query', but no heads are pruned"),
     ({"head-unit": "head"}, r"--head-unit got 'head'; allowed are group, query"),
     ({"round-heads": "3"}, r"--round-heads got 3; this model's width is 2"),
-    ({"target-shape": "heads=3"}, r"--target-shape got heads=3; allowed for this model is 2 to 4 in steps of 2"),
-    ({"target-shape": "depth=3"}, r"--target-shape got 'depth=3'; allowed is each of hidden=N"),
-    ({"target-shape": "intermediate=24", "sparsity": "0.4"}, r"--sparsity got 0.4, but --target-shape means 0.29"),
-    ({"target-shape": "intermediate=24", "control": "lagrangian"}, r"--control got 'lagrangian'; with --target-shape"),
+    ({"target-shape": "depth=3", "sparsity": ""}, r"--target-shape got 'depth=3'; allowed is each of hidden=N"),
+    ({"target-shape": "intermediate=24"}, r"--sparsity was given with --target-shape, which decides it"),
+    (
+        {"target-shape": "heads=3", "sparsity": ""},
+        r"--target-shape got heads=3; allowed for this model is 2 to 4 in steps of 2",
+    ),
+    ({"target-shape": "hidden=\u00b2", "sparsity": ""}, r"--target-shape got 'hidden=\u00b2'; allowed is each"),
     ({"prune": "heads,heads"}, r"--prune got .*each unit once"),
     ({"gates": "soft"}, r"--gates got 'soft'; allowed are hard-concrete, deterministic"),
     ({"teachers": "one"}, r"--teachers got 'one'; allowed are numerous, intact, none"),

@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nuteprune.arch import Arch
+from nuteprune.config import parse_shape
 from nuteprune.discretise import Discretiser, Rounding
 from nuteprune.errors import ConfigError
 from nuteprune.gates import unit_shapes
 from nuteprune.masks import Masks
-from nuteprune.shape import TargetShape, parse_shape
+from nuteprune.shape import TargetShape
 from nuteprune.size import BlockSize
 
 ARCHS = {
@@ -93,6 +94,22 @@ def test_discrete_size_is_the_nearest_not_above(
         assert (getattr(masks, block)[gone] == 0).all()  # its bias goes too
     if uniform:
         assert counts.uniform
+        if arch.spec.divisible:
+            assert counts.hidden % max(g * q for g, q in zip(counts.groups, counts.queries, strict=True)) == 0
+    cost = size.unit_cost(head_unit)  # what is left over is less than a step of some unit
+    steps = {
+        "heads": rounding[0],
+        "intermediate": rounding[1],
+        "hidden": 2 * rounding[2],
+        "attention": 1,
+        "mlp": 1,
+        "layers": 1,
+    }
+    each = {k: n * (cost[k] if k != "heads" or head_unit == "group" else arch.dims.groups * cost[k]) for k, n in steps.items()}
+    every = arch.dims.layers if uniform else 1
+    if uniform and arch.spec.divisible:  # some widths have no stock class
+        every *= 2
+    assert budget - found < max(each[k] * (1 if k == "hidden" else every) for k in kinds)
     if "layers" in kinds and "heads" not in kinds and "intermediate" not in kinds:
         assert [bool(n) for n in counts.groups] == [bool(n) for n in counts.intermediate]
     if "intermediate" in kinds and not uniform:  # nothing more would have fitted

@@ -72,6 +72,7 @@ class Norm:
 
 
 Part = Linear | Norm
+BLOCKS = ("attention", "mlp")  # of a decoder layer
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ class ArchSpec:
             width and head counts kept in the module rule a kind out; it is then computed in full until export.
         fixed: unit kinds that cannot be pruned exactly -> why.
         refused: configuration values (key, value, why) with which the family cannot be pruned exactly.
+        divisible: the stock configuration wants a hidden size that its query heads divide.
         twin: another family whose classes hold the same weights and take more shapes, and what its configuration needs.
     """
 
@@ -108,12 +110,17 @@ class ArchSpec:
     narrow: tuple[str, ...] = ("heads", "intermediate")
     fixed: dict[str, str] = field(default_factory=dict)
     refused: tuple[tuple[str, Any, str], ...] = ()
+    divisible: bool = False
     twin: tuple[str, dict[str, Any]] | None = None
 
     @property
     def block(self) -> dict[str, Part]:
         """All parts of a layer."""
         return self.attention | self.mlp
+
+    def block_of(self, parameter: str) -> str:
+        """The block, `attention` or `mlp`, that a parameter of a layer belongs to."""
+        return "attention" if parameter.rpartition(".")[0] in self.attention else "mlp"
 
     def parts(self, block: str) -> dict[str, Part]:
         """The parts of the block `attention` or `mlp`."""
@@ -267,6 +274,14 @@ class Arch:
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts")
 
 
+def _experts(values: Any) -> int:
+    """The largest number of experts in a configuration and those nested in it."""
+    if not isinstance(values, dict):
+        return 0
+    own = [n for key in _EXPERTS if isinstance(n := values.get(key), int)]
+    return max([*own, *map(_experts, values.values())], default=0)
+
+
 def spec_of(config: PretrainedConfig) -> ArchSpec:
     """The entry of a configuration's family.
 
@@ -276,8 +291,8 @@ def spec_of(config: PretrainedConfig) -> ArchSpec:
     from nuteprune.families import FAMILIES  # the table is made of this module's classes
 
     supported = f"supported are {', '.join(sorted(FAMILIES))}"
-    text = getattr(config, "text_config", None)
-    experts = max((getattr(c, key, None) or 0 for c in (config, text) if c is not None for key in _EXPERTS), default=0)
+    text = "text_config" in config.to_dict()
+    experts = _experts(config.to_dict())
     if experts > 1:
         raise ArchitectureError(
             f"model family {config.model_type!r} is a mixture of {experts} experts; a unit that a router chooses cannot be "
@@ -285,9 +300,7 @@ def spec_of(config: PretrainedConfig) -> ArchSpec:
         )
     spec = FAMILIES.get(config.model_type)
     if spec is None:
-        also = (
-            " It wraps a language model in a larger one; give a checkpoint of the text model alone." if text is not None else ""
-        )
+        also = " It wraps a language model in a larger one; give a checkpoint of the text model alone." if text else ""
         raise ArchitectureError(
             f"model family {config.model_type!r} is not supported; {supported}.{also} "
             "A family is one entry in nuteprune/families.py: see docs/adding-a-family.md."

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from nuteprune.config import PruneConfig, read_yaml
+from nuteprune.config import SHAPE_DECIDES, PruneConfig, read_yaml
 from nuteprune.errors import ConfigError, NutePruneError
 from nuteprune.options import COST_OPTIONS, config_options
 
@@ -284,6 +284,9 @@ def _merged(model: str | None, config: Path | None, options: dict[str, Any]) -> 
         options["model"] = model
     if options.get("steps") is not None or options.get("tokens") is not None:  # the other way of giving the budget yields
         from_file.pop("steps", None), from_file.pop("tokens", None)
+    if from_file.get("target_shape") or options.get("target_shape"):  # what another shape decided
+        for name in SHAPE_DECIDES:
+            from_file.pop(name, None)
     merged = {**from_file, **options}
     if "model" not in merged:
         raise NutePruneError("MODEL is missing; give a folder, a hub id, a .gguf file or smollm2-135m.")

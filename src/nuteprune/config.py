@@ -88,15 +88,17 @@ class PruneConfig:
     )
     uniform: bool = _option(
         False,
-        "Keep the same widths in every layer, held to in training too; the result is a stock model without custom code.",
+        "Keep the same widths in every layer, held to in training too (a rounding step is one of every layer); the result is a "
+        "stock model without custom code, a Llama whose heads do not divide its hidden size as a Mistral.",
         "off: layers differ in what they can spare",
         "Size",
     )
     target_shape: tuple[str, ...] = _option(
         (),
-        "Shape to end at, in place of --sparsity and --prune, such as hidden=512,heads=6,intermediate=1280,layers=24; "
-        "heads are query heads, what is not named stays. Implies --uniform.",
-        "as in Sheared LLaMA (arXiv 2310.06694)",
+        "Shape to end at, comma separated: any of hidden=N, heads=N (query heads), intermediate=N, layers=N, as in Sheared "
+        "LLaMA (arXiv 2310.06694); what is not named stays. In place of --sparsity, --prune and --uniform; --round-* do not "
+        "apply.",
+        "a sparsity is asked for",
         "Size",
     )
     round_heads: int = _option(
@@ -265,8 +267,8 @@ class PruneConfig:
     )
     recipe: str = _option(
         "default",
-        "Set of defaults that the other options override: default, or paper (hard concrete, Lagrangian, plain start, all "
-        "three units, the original's losses, LoRA on q and v).",
+        "Set of defaults that the other options override: default, or paper (hard concrete, Lagrangian, plain start, heads, "
+        "intermediate and hidden, the original's losses, LoRA on q and v).",
         "docs/results.md",
         "Machine",
         ("default", "paper"),
@@ -301,8 +303,9 @@ class PruneConfig:
             raise ConfigError(f"--prune got layers and {blocks[0]}; layers are both blocks at once, so give one or the other.")
         if self.uniform and blocks:
             raise ConfigError(f"--prune got {blocks[0]} with --uniform, whose layers are alike; prune layers instead.")
-        if self.head_unit != "group" and "heads" not in self.prune and not self.target_shape:
-            raise ConfigError("--head-unit got 'query', but --prune has no heads; add them, or leave --head-unit out.")
+        shape = parse_shape(self.target_shape)
+        if self.head_unit != "group" and "heads" not in (shape or self.prune):
+            raise ConfigError("--head-unit got 'query', but no heads are pruned; add them, or leave --head-unit out.")
         if self.target_shape and self.control != "projection":
             raise ConfigError(f"--control got {self.control!r}; with --target-shape allowed is projection.")
         if self.steps is not None and self.tokens is not None:
@@ -377,8 +380,24 @@ class PruneConfig:
                 hint = f"; did you mean {close[0]}?" if close else f"; known are {', '.join(known)}."
                 raise ConfigError(f"unknown option {name!r}{hint}")
         recipe = options.get("recipe", "default")
-        defaults = RECIPES.get(recipe, {}) if isinstance(recipe, str) else {}
+        defaults = dict(RECIPES.get(recipe, {})) if isinstance(recipe, str) else {}
+        if options.get("target_shape"):
+            for name in SHAPE_DECIDES:
+                if options.get(name) is not None:
+                    raise ConfigError(f"{flag(name)} was given with --target-shape, which decides it; leave one of them out.")
+            defaults |= {"control": "projection"}
         return cls(**{**defaults, **options})
+
+    @classmethod
+    def of_run(cls, path: Path) -> PruneConfig:
+        """The options of a run from its config.yaml, which holds all of them, also those that a target shape decided.
+
+        Raises:
+            ConfigError: it cannot be read or holds something else.
+        """
+        found = read_yaml(path)
+        decided = {name: found.pop(name) for name in SHAPE_DECIDES if found.get("target_shape") and name in found}
+        return cls.create(**found).replace(**decided)
 
     def replace(self, **changes: Any) -> PruneConfig:
         """A copy with some options changed, checked again."""
@@ -394,6 +413,8 @@ class PruneConfig:
 
 
 DEFAULT_TOKENS = 150_000
+SHAPE_DECIDES = ("sparsity", "prune", "uniform")  # options that a target shape decides
+SHAPE_KEYS = ("hidden", "heads", "intermediate", "layers")
 
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {},
@@ -417,6 +438,24 @@ RECIPES: dict[str, dict[str, Any]] = {
         "hidden_weight": 0.9,
     },
 }
+
+
+def parse_shape(parts: tuple[str, ...]) -> dict[str, int]:
+    """Width by unit kind from the parts of a target shape, such as "hidden=512".
+
+    Raises:
+        ConfigError: a part that is none.
+    """
+    found: dict[str, int] = {}
+    for part in parts:
+        key, _, number = (text.strip() for text in part.partition("="))
+        if key not in SHAPE_KEYS or not (number.isascii() and number.isdecimal()) or key in found:
+            raise ConfigError(
+                f"--target-shape got {part!r}; allowed is each of {', '.join(f'{k}=N' for k in SHAPE_KEYS)} at most once, N a "
+                "whole number."
+            )
+        found[key] = int(number)
+    return found
 
 
 def flag(name: str) -> str:
@@ -450,6 +489,8 @@ def _checked_type(name: str, value: Any, hint: Any) -> Any:
         return None
     wanted = next(a for a in allowed if a is not type(None))
     if typing.get_origin(wanted) is tuple:
+        if isinstance(value, Mapping):  # as YAML has a shape
+            value = [f"{key}={number}" for key, number in value.items()]
         if isinstance(value, str):
             value = [part.strip() for part in value.split(",") if part.strip()]
         elif isinstance(value, int | float):

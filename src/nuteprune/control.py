@@ -159,16 +159,16 @@ def balanced(scores: Unit, keep: Callable[[Tensor], Tensor], wanted: dict[str, T
     """Shifts each row of scores so that the expected number of units that it keeps is the one wanted.
 
     Args:
-        scores: by kind; rows are layers, [L, ...], or the whole of a kind that layers share, [n].
+        scores: by kind; rows run along the last dimension.
         keep: keep-probabilities of scores, elementwise.
-        wanted: by kind, units to keep in each row, a scalar; gradients pass through it. Kinds that are not in it stay.
+        wanted: by kind, units to keep in each row, a scalar or [rows, 1]; gradients pass through it. Other kinds stay.
 
     Returns:
         The scores, with gradients along the constraint.
     """
     out = dict(scores)
     for kind, count in wanted.items():
-        rows = scores[kind].flatten(1) if scores[kind].dim() > 1 else scores[kind].unsqueeze(0)
+        rows = scores[kind].reshape(-1, scores[kind].shape[-1])
         with torch.no_grad():
             low = torch.full((len(rows), 1), float(-rows.max()) - 50.0, device=rows.device)
             high = torch.full_like(low, float(-rows.min()) + 50.0)

@@ -8,14 +8,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from nuteprune.arch import Arch
+from nuteprune.arch import BLOCKS, Arch
 from nuteprune.control import bisect
 from nuteprune.errors import ConfigError
 from nuteprune.masks import KINDS, Counts, Masks
 from nuteprune.shape import TargetShape
 from nuteprune.size import BlockSize, Unit
 
-BLOCKS = ("attention", "mlp")
 ROWS = ("intermediate", "heads")  # kinds with units in every layer, in the order in which they fill a budget
 
 
@@ -48,13 +47,31 @@ class _Widths:
 
 
 @dataclass(frozen=True)
+class _Choice:
+    """What a choice of widths is made from.
+
+    Attributes:
+        scores: of all units, ties broken.
+        ranks: see `Discretiser._ranks`.
+        budget: block parameters allowed.
+        span: a threshold below all scores, and one above.
+    """
+
+    scores: Unit
+    ranks: Unit
+    budget: float
+    span: tuple[float, float]
+
+
+@dataclass(frozen=True)
 class Discretiser:
     """Turns scores into masks of exactly an asked size.
 
     One threshold over all kinds is bisected for; what it leaves unused is filled with the next best units, channels
-    first, so that the size is the nearest to the asked one that is not above it (one rounding step of channels, or one
-    step of heads when channels are not pruned). Hidden channels are rounded first, and the other kinds meet the size.
-    With a target shape the widths are given, and scores choose the units alone.
+    first, so that the size is the nearest to the asked one that is not above it: by less than one rounding step of
+    channels, or, where they are not pruned, of the units that are. Hidden channels are rounded first, and the other kinds
+    meet the size. Where that leaves more, a few hidden steps more and less and the best block that went are tried too. With
+    a target shape the widths are given, and scores choose the units alone.
 
     Attributes:
         arch: the model.
@@ -92,16 +109,24 @@ class Discretiser:
             raise ConfigError("--head-unit got 'query'; this model has one query head in each KV group, so allowed is group.")
         if self.shape is not None:
             return
+        if not self._hidden_levels():
+            raise ConfigError(
+                f"--uniform got --prune {','.join(self.kinds)}; the {self.arch.spec.model_type} family's stock class wants a "
+                "hidden size that its heads divide, and no width with this --round-hidden and --round-heads is one; change "
+                "them."
+            )
         widths = {"heads": self._most("heads", 1), "intermediate": dims.intermediate, "hidden": dims.hidden}
         for kind, width in widths.items():
             multiple = getattr(self.rounding, kind)
             if kind in self.kinds and multiple > width:
                 raise ConfigError(f"--round-{kind} got {multiple}; this model's width is {width}, so allowed is at most that.")
-        least = 1 - self._count(self._smallest()) / self.size.full
+        smallest = min((self._smallest(hidden) for hidden in self._hidden_levels()[:8]), key=self._count)
+        least = 1 - self._count(smallest) / self.size.full
         if sparsity > least:
             raise ConfigError(
                 f"--sparsity got {sparsity:g}, but pruning {', '.join(self.kinds)} of this model removes at most {least:.4f} "
-                "of its blocks; ask for less or add units to --prune."
+                "of its blocks; ask for less, add units to --prune, or lower --round-heads, --round-intermediate or "
+                "--round-hidden."
             )
 
     def __call__(self, scores: Unit, sparsity: float) -> Unit:
@@ -123,15 +148,8 @@ class Discretiser:
             return self._units(flat, self._shaped(flat, self.shape, sparsity))
         budget = self.size.full * (1 - sparsity) * (1 + 1e-12)  # a whole number of parameters stays one
         every = torch.cat([s.flatten() for s in flat.values()])
-        span = (float(every.min()) - 1.0, float(every.max()) + 1.0)
-        ranks = self._ranks(flat)
-        hidden = self._hidden(flat, ranks, budget, span)
-
-        def fits(threshold: float) -> bool:  # the units whose score is at least the threshold
-            return self._count(self._at(flat, ranks, threshold, hidden)) <= budget
-
-        widths = self._at(flat, ranks, bisect(fits, *span), hidden)
-        return self._units(flat, self._fill(flat, ranks, widths, budget))
+        choice = _Choice(flat, self._ranks(flat), budget, (float(every.min()) - 1.0, float(every.max()) + 1.0))
+        return self._units(flat, self._chosen(choice))
 
     def masks(self, scores: Unit, values: Unit, sparsity: float) -> Masks:
         """Discrete masks: zero where a unit is removed, its value (at least 0.1, so that it can be folded) elsewhere.
@@ -172,10 +190,8 @@ class Discretiser:
             {kind: torch.full((layers,), self._most(kind)) for kind in ROWS},
         )
 
-    def _smallest(self, hidden: int | None = None) -> _Widths:
-        """The smallest model allowed."""
-        if hidden is None:
-            hidden = self.rounding.hidden if "hidden" in self.kinds else self.arch.dims.hidden
+    def _smallest(self, hidden: int) -> _Widths:
+        """The smallest model allowed at a hidden size."""
         widths = self._everything(hidden)
         layers = self.arch.dims.layers
         for block in BLOCKS:
@@ -183,6 +199,7 @@ class Discretiser:
                 widths.blocks[block] = torch.zeros(layers, dtype=torch.bool)
         for kind in ROWS:
             widths.rows[kind] = torch.full((layers,), self._least(kind))
+        widths.rows["heads"] = torch.full((layers,), (self._head_levels(hidden) or [self._most("heads")])[0])
         none = torch.zeros(layers)
         return self._with_anchors(widths, none, none)
 
@@ -220,13 +237,36 @@ class Discretiser:
         return Counts(groups_, queries_, channels, at["hidden"])
 
     def one_step_less(self, kind: str) -> dict[str, int]:
-        """The most units of a kind that pruning it leaves."""
+        """Units of a model that lost as few of a kind as can be."""
         dims = self.arch.dims
         if kind == "layers":
             return {"layers": max(dims.layers - 1, 1)}
-        step = getattr(self.rounding, kind)
-        whole = dims.hidden if kind == "hidden" else self._most(kind, 1)
-        return {kind: max((whole - 1) // step * step, step)}
+        if kind == "hidden":
+            hidden = max(n for n in self._hidden_levels() if n < dims.hidden or n == self._hidden_levels()[0])
+            return {"hidden": hidden, "heads": self._head_levels(hidden)[-1]}
+        if kind == "intermediate":
+            step = self.rounding.intermediate
+            return {kind: max((dims.intermediate - 1) // step * step, step)}
+        levels = [n for n in self._head_levels(dims.hidden) if 0 < n < self._most("heads", 1)]
+        return {"heads": levels[-1] if levels else self._most("heads", 1)}
+
+    def _head_levels(self, hidden: int) -> list[int]:
+        """Numbers of units of heads that a layer can have at a hidden size, ascending."""
+        dims = self.arch.dims
+        if "heads" in self.kinds:
+            every = list(range(self._least("heads"), self._most("heads") + 1, self.rounding.heads))
+        else:
+            every = [self._most("heads")]
+        if not (self.uniform and self.arch.spec.divisible):
+            return every
+        each = dims.queries if self.head_unit == "group" else dims.groups
+        return [n for n in every if n == 0 or hidden % (n * each) == 0]
+
+    def _hidden_levels(self) -> list[int]:
+        """Hidden sizes that are allowed, ascending."""
+        multiple, whole = self.rounding.hidden, self.arch.dims.hidden
+        every = range(multiple, whole + 1, multiple) if "hidden" in self.kinds else (whole,)
+        return [n for n in every if self._head_levels(n)]
 
     # -- choosing -----------------------------------------------------------------------------------------------------
 
@@ -248,70 +288,110 @@ class Discretiser:
             ranks[kind] = ordered
         return ranks
 
-    def _at(self, scores: Unit, ranks: Unit, threshold: float, hidden: int) -> _Widths:
+    def _chosen(self, choice: _Choice) -> _Widths:
+        """The widths for a budget."""
+        hidden = self._hidden(choice)
+        best = self._within(choice, hidden)
+        left = choice.budget - self._count(best)
+        if "intermediate" in self.kinds:
+            step = self.rounding.intermediate * (self.size.mlp(1, hidden) - self.size.mlp(0, hidden))
+            if left < step * (self.arch.dims.layers if self.uniform else 1):
+                return best
+        others = []
+        if "hidden" in self.kinds:
+            levels = self._hidden_levels()
+            place = levels.index(hidden)
+            others += [self._within(choice, n) for n in levels[max(place - 2, 0) : place + 3] if n != hidden]
+        for blocks in (BLOCKS,) if "layers" in self.kinds else [(b,) for b in BLOCKS if b in self.kinds]:
+            gone = ~best.blocks[blocks[0]]
+            if gone.any():
+                score = choice.scores["layers" if "layers" in self.kinds else blocks[0]]
+                back = _only(int(torch.where(gone, score, -math.inf).argmax()), len(gone))
+                others.append(self._within(choice, hidden, {b: best.blocks[b] | back for b in blocks}))
+        fitting = [w for w in (best, *others) if self._count(w) <= choice.budget]
+        return max(fitting, key=self._count)
+
+    def _within(self, choice: _Choice, hidden: int, stay: dict[str, Tensor] | None = None) -> _Widths:
+        """The widths for a budget at a hidden size; blocks in `stay` are kept whatever their scores."""
+
+        def fits(threshold: float) -> bool:  # the units whose score is at least the threshold
+            return self._count(self._at(choice, threshold, hidden, stay)) <= choice.budget
+
+        return self._fill(choice, self._at(choice, bisect(fits, *choice.span), hidden, stay))
+
+    def _at(self, choice: _Choice, threshold: float, hidden: int, stay: dict[str, Tensor] | None = None) -> _Widths:
         """What a threshold keeps, with the minimum and the multiples respected."""
+        scores, ranks = choice.scores, choice.ranks
         widths = self._everything(hidden)
         for block in BLOCKS:
             kind = "layers" if "layers" in self.kinds else block
             if kind in self.kinds:
                 widths.blocks[block] = scores[kind] >= threshold
-        for kind, rank in ranks.items():
-            multiple = getattr(self.rounding, kind)
-            counts = (rank >= threshold).sum(1)
+                if stay is not None and block in stay:
+                    widths.blocks[block] |= stay[block]
+        if "intermediate" in ranks:
+            multiple = self.rounding.intermediate
+            counts = (ranks["intermediate"] >= threshold).sum(1)
             counts = torch.div(counts + multiple // 2, multiple, rounding_mode="floor") * multiple
-            widths.rows[kind] = counts.clamp(self._least(kind), self._most(kind))
+            widths.rows["intermediate"] = counts.clamp(self._least("intermediate"), self._most("intermediate"))
+        if "heads" in ranks:
+            levels = torch.tensor(self._head_levels(hidden)[::-1] or [self._most("heads")])
+            gaps = (levels - (ranks["heads"] >= threshold).sum(1, keepdim=True)).abs()
+            widths.rows["heads"] = levels[gaps.argmin(1)]  # the nearest; of two the larger
         none = torch.zeros(self.arch.dims.layers, dtype=torch.float64)
         blocks = scores.get("layers", scores.get("attention", none))
         return self._with_anchors(widths, blocks, ranks["heads"][:, 0] if "heads" in ranks else none)
 
-    def _hidden(self, scores: Unit, ranks: Unit, budget: float, span: tuple[float, float]) -> int:
-        """Hidden channels to keep: the count that one threshold over all kinds gives, rounded to the nearest multiple."""
-        dims, multiple = self.arch.dims, self.rounding.hidden
+    def _hidden(self, choice: _Choice) -> int:
+        """Hidden channels to keep: the count that one threshold over all kinds gives, rounded to the nearest allowed."""
         if "hidden" not in self.kinds:
-            return dims.hidden
+            return self.arch.dims.hidden
+        scores, levels = choice.scores["hidden"], self._hidden_levels()
 
         def fits(threshold: float) -> bool:
-            hidden = int((scores["hidden"] >= threshold).sum())
-            return self._count(self._at(scores, ranks, threshold, hidden)) <= budget
+            hidden = int((scores >= threshold).sum())
+            return self._count(self._at(choice, threshold, hidden)) <= choice.budget
 
-        wanted = int((scores["hidden"] >= bisect(fits, *span)).sum())
-        count = max(multiple, round(wanted / multiple) * multiple)
-        count = min(count, dims.hidden // multiple * multiple)
-        while count > multiple and self._count(self._smallest(count)) > budget:  # no room even for the least of the others
-            count -= multiple
+        wanted = int((scores >= bisect(fits, *choice.span)).sum())
+        place = min(range(len(levels)), key=lambda i: (abs(levels[i] - wanted), levels[i]))
+        while place > 0 and self._count(self._smallest(levels[place])) > choice.budget:  # no room even for the least of others
+            place -= 1
         while (
-            count + multiple <= dims.hidden
-            and self._count(self._everything(count)) < budget  # all of the others do not fill the budget
-            and self._count(self._smallest(count + multiple)) <= budget
+            place + 1 < len(levels)
+            and self._count(self._everything(levels[place])) < choice.budget  # all of the others do not fill the budget
+            and self._count(self._smallest(levels[place + 1])) <= choice.budget
         ):
-            count += multiple
-        return count
+            place += 1
+        return levels[place]
 
-    def _fill(self, scores: Unit, ranks: Unit, widths: _Widths, budget: float) -> _Widths:
+    def _fill(self, choice: _Choice, widths: _Widths) -> _Widths:
         """Adds the best steps that still fit under the budget: channels, then heads, then blocks."""
-        for kind, rank in ranks.items():
-            multiple = getattr(self.rounding, kind)
+        for kind, rank in choice.ranks.items():
+            levels = self._head_levels(widths.hidden)
             while True:
-                score = _next_step(rank, widths.rows[kind], multiple).where(widths.alive(kind), torch.tensor(-math.inf))
-                best = (
-                    torch.arange(len(score)) == score.argmax() if not self.uniform else torch.ones_like(score, dtype=torch.bool)
-                )
+                counts = widths.rows[kind]
+                if kind == "heads":
+                    steps = torch.tensor([next((n for n in levels if n > c), c) - c for c in counts.tolist()])
+                else:
+                    steps = torch.full_like(counts, self.rounding.intermediate)
+                score = _next_step(rank, counts, steps).where(widths.alive(kind), torch.tensor(-math.inf))
                 if float(score.max()) == -math.inf:
                     break
-                more = replace(widths, rows=widths.rows | {kind: widths.rows[kind] + multiple * best})
-                if self._count(more) > budget:
+                best = torch.ones(len(score), dtype=torch.bool) if self.uniform else _only(int(score.argmax()), len(score))
+                more = replace(widths, rows=widths.rows | {kind: counts + steps * best})
+                if self._count(more) > choice.budget:
                     break
                 widths = more
         for kind in self.kinds:
             if kind not in (*BLOCKS, "layers"):
                 continue
             blocks = BLOCKS if kind == "layers" else (kind,)
-            for index in scores[kind].argsort(descending=True).tolist():
+            for index in choice.scores[kind].argsort(descending=True).tolist():
                 if widths.blocks[blocks[0]][index]:
                     continue
                 here = _only(index, self.arch.dims.layers)
                 more = replace(widths, blocks=widths.blocks | {b: widths.blocks[b] | here for b in blocks})
-                if self._count(more) <= budget:
+                if self._count(more) <= choice.budget:
                     widths = more
         return widths
 
@@ -388,12 +468,12 @@ class Discretiser:
         }
 
 
-def _next_step(ranks: Tensor, counts: Tensor, multiple: int) -> Tensor:
-    """Mean score of the next `multiple` units of each layer; -inf where a layer is full. Shape [L]."""
+def _next_step(ranks: Tensor, counts: Tensor, steps: Tensor) -> Tensor:
+    """Mean score of the next units of each layer, as many as its step; -inf where a layer is full. Shape [L]."""
     out = torch.full((len(counts),), -math.inf, dtype=ranks.dtype)
-    for layer, count in enumerate(counts.tolist()):
-        if count + multiple <= ranks.shape[1]:
-            out[layer] = ranks[layer, count : count + multiple].mean()
+    for layer, (count, step) in enumerate(zip(counts.tolist(), steps.tolist(), strict=True)):
+        if step and count + step <= ranks.shape[1]:
+            out[layer] = ranks[layer, count : count + step].mean()
     return out
 
 

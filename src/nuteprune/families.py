@@ -43,16 +43,25 @@ _LLAMA = ArchSpec(
 _QWEN3 = replace(_LLAMA, model_type="qwen3", attention=_LLAMA.attention | _head_norms(), twin=None)
 
 _BIDIRECTIONAL = ("use_bidirectional_attention", True, "it is an encoder, without a next token to predict")
+_GEMMA_NORM: dict[str, Part] = {"input_layernorm": Norm(Axis.HIDDEN, offset=1.0)}
+_GEMMA_PROJECTIONS = _GEMMA_NORM | _PROJECTIONS
+_GEMMA = ArchSpec(
+    "gemma",
+    attention=_GEMMA_PROJECTIONS,
+    mlp=_GATED | {"post_attention_layernorm": Norm(Axis.HIDDEN, offset=1.0)},
+    norm_offset=1.0,
+    scaled_embedding=True,
+    refused=(_BIDIRECTIONAL,),
+)
 _GEMMA2 = ArchSpec(
     "gemma2",
-    attention={"input_layernorm": Norm(Axis.HIDDEN, offset=1.0)}
-    | _PROJECTIONS
-    | {"post_attention_layernorm": Norm(Axis.HIDDEN, after="self_attn.o_proj", offset=1.0)},
+    attention=_GEMMA_PROJECTIONS | {"post_attention_layernorm": Norm(Axis.HIDDEN, after="self_attn.o_proj", offset=1.0)},
     mlp={"pre_feedforward_layernorm": Norm(Axis.HIDDEN, offset=1.0)}
     | _GATED
     | {"post_feedforward_layernorm": Norm(Axis.HIDDEN, after="mlp.down_proj", offset=1.0)},
     norm_offset=1.0,
     scaled_embedding=True,
+    divisible=True,
     refused=(_BIDIRECTIONAL,),
 )
 
@@ -102,6 +111,7 @@ FAMILIES: dict[str, ArchSpec] = {
         replace(_LLAMA, model_type="mistral", twin=None),
         replace(_LLAMA, model_type="qwen2", twin=None),
         _QWEN3,
+        _GEMMA,
         _GEMMA2,
         replace(_GEMMA2, model_type="gemma3_text", attention=_GEMMA2.attention | _head_norms(offset=1.0)),
         ArchSpec(
@@ -111,6 +121,7 @@ FAMILIES: dict[str, ArchSpec] = {
             narrow=(),
         ),
         _OLMO2,
+        replace(_OLMO2, model_type="olmo3"),
         replace(_LLAMA, model_type="smollm3", twin=None),
         replace(_LLAMA, model_type="granite", twin=None),
         _OPT,

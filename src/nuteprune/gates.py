@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nuteprune.arch import Arch, Dims
+from nuteprune.config import UNITS
 from nuteprune.control import balanced
 from nuteprune.masks import Masks, mask_shapes
 from nuteprune.size import Unit
@@ -108,9 +109,6 @@ class Deterministic:
         self.mu = self._start + (self._end - self._start) * math.sqrt(min(max(progress, 0.0), 1.0))
 
 
-UNITS = ("heads", "intermediate", "hidden", "attention", "mlp", "layers")
-
-
 def unit_shapes(dims: Dims, head_unit: str) -> dict[str, tuple[int, ...]]:
     """Shape of each unit kind's gates.
 
@@ -177,23 +175,27 @@ class GateSet(nn.Module):
         """Mask values without noise, by mask kind."""
         return self._complete(scores, self.gate.value)
 
-    def alike(self, scores: Unit, wanted: dict[str, float] | None = None) -> Unit:
-        """Scores shifted so that all layers keep equally many units of a kind in expectation.
+    def alike(self, scores: Unit, wanted: dict[str, float] | None = None, layers: bool = True) -> Unit:
+        """Scores shifted so that rows of gates keep equally many units in expectation.
 
         Args:
             scores: by kind.
-            wanted: units to keep, by kind; else what the layers keep on average, so that the expected size stays.
+            wanted: units to keep, by kind; else what the rows keep on average, so that the expected size stays.
+            layers: whether all layers are to be alike; else only the KV groups of each layer in their query heads.
         """
         if wanted is not None:
-            each = self.dims.groups if self.head_unit == "query" else 1  # a step of heads is one in every group
-            counts = {k: torch.tensor(float(n) * (each if k == "heads" else 1)) for k, n in wanted.items()}
-            return balanced(scores, self.gate.keep, counts)
-        layers = self.gate.keep(scores["layers"]) if "layers" in scores else torch.ones(self.dims.layers, device=self.device)
-        counts = {
-            kind: (layers * self.gate.keep(scores[kind]).flatten(1).sum(1)).sum() / layers.sum().clamp_min(1e-6)
-            for kind in ("heads", "intermediate")
-            if kind in scores
-        }
+            return balanced(scores, self.gate.keep, {k: torch.tensor(float(n)) for k, n in wanted.items()})
+        blocks = self.gate.keep(scores["layers"]) if "layers" in scores else torch.ones(self.dims.layers, device=self.device)
+        counts: Unit = {}
+        for kind in ("heads", "intermediate") if layers else ("heads",):
+            if kind not in scores:
+                continue
+            kept = self.gate.keep(scores[kind]).sum(-1)  # [L] or [L, G]
+            each = kept if kept.dim() == 1 else kept.mean(1)
+            if layers:
+                counts[kind] = (blocks * each).sum() / blocks.sum().clamp_min(1e-6)
+            else:
+                counts[kind] = each.repeat_interleave(self.dims.groups).unsqueeze(1)
         return balanced(scores, self.gate.keep, counts)
 
     @torch.no_grad()

@@ -21,7 +21,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from nuteprune.arch import Arch
 from nuteprune.checkpoint import checkpoints
 from nuteprune.compact import Compactor
-from nuteprune.config import PruneConfig, flag, read_yaml
+from nuteprune.config import PruneConfig, flag
 from nuteprune.data import SELF, Blocks, build_blocks, check_sources
 from nuteprune.discretise import Discretiser
 from nuteprune.environment import environment
@@ -107,7 +107,7 @@ def resume(run: str | Path, reporter: Reporter | None = None) -> PruneResult:
         raise ConfigError(f"run {run} has no {CONFIG} or {BLOCKS}; give the folder that nuteprune prune --out wrote.")
     if (run / RESULT).is_file() and (run / MODEL).is_dir():
         raise ConfigError(f"run {run} is complete; its model is in {run / MODEL}.")
-    job = _Job.check(PruneConfig.create(**read_yaml(run / CONFIG)), data=False)
+    job = _Job.check(PruneConfig.of_run(run / CONFIG), data=False)
     with _memory_errors(job.config):
         return job.train_and_finish(run, job.load(reporter), reporter)
 
@@ -161,7 +161,7 @@ def check_stock(config: PruneConfig, discretiser: Discretiser, dense: Pretrained
         if stock_config(dense, arch, widths) is None:
             raise ConfigError(
                 f"--target-shape got {','.join(config.target_shape)}; no stock class of the {arch.spec.model_type} family "
-                "takes these widths. Try a hidden size that the number of heads divides, or prune without --target-shape."
+                "takes these widths. Try a hidden size that the heads divide, keep all heads, or prune by --sparsity."
             )
         return
     for kind in config.prune:
@@ -358,6 +358,7 @@ class _Job:
                 total_after=sum(p.numel() for p in compact.parameters()),
                 file_bytes=sum(p.stat().st_size for p in folder.glob("*.safetensors")),
                 dtype=str(self.save_dtype).removeprefix("torch."),
+                model_class=type(compact).__name__,
                 own_code=not is_stock(compact.config),
                 equality=equality,
                 exact=exact,

@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from nuteprune.arch import Arch, Axis, Dim, Linear, layers, submodule
+from nuteprune.arch import BLOCKS, Arch, Axis, Dim, Linear, layers, submodule
 from nuteprune.arrangement import Arrangement, Widths
 from nuteprune.errors import ConfigError
 from nuteprune.linear import MaskedLoraLinear, mask_hooks
@@ -25,7 +25,6 @@ from nuteprune.masks import Masks
 
 # Where the mask of a kind acts: on the input of the linears that read this axis.
 _INPUT_AXES = {"heads": Axis.QUERY, "intermediate": Axis.INTERMEDIATE}
-_BLOCKS = ("attention", "mlp")
 
 Site = tuple[str, int]  # what is multiplied there, and the layer; 0 where all layers share it
 
@@ -124,7 +123,7 @@ class MaskedModel:
         self, model: PreTrainedModel, arch: Arch, kinds: tuple[str, ...], lora: LoraOptions | None, fused: bool = True
     ) -> None:
         self.arch = arch
-        self.kinds = (set(kinds) - {"layers"}) | (set(_BLOCKS) if "layers" in kinds else set())
+        self.kinds = (set(kinds) - {"layers"}) | (set(BLOCKS) if "layers" in kinds else set())
         self.model = model.eval().requires_grad_(False)
         self.layers = layers(model, arch.spec)
         self.arrangement: Arrangement | None = None
@@ -186,7 +185,7 @@ class MaskedModel:
                         norm = arch.norm_after(path)
                         if norm is not None and norm.axis is axis:
                             yield layer, path, "out_mask", (kind, index)
-            for block in _BLOCKS:
+            for block in BLOCKS:
                 last, output = spec.projection(block), spec.output(block)
                 if "hidden" in self.kinds and (block not in self.kinds or last != output):
                     yield layer, last, "out_mask", ("hidden", 0)
@@ -265,14 +264,14 @@ class MaskedModel:
         groups = masks.groups.to(**like).repeat_interleave(dims.head_dim, dim=1).unbind(0)
         channels = masks.intermediate.to(**like).unbind(0)
         hidden = masks.hidden.to(**like)
-        blocks = {block: getattr(masks, block).to(**like).unbind(0) for block in _BLOCKS}
+        blocks = {block: getattr(masks, block).to(**like).unbind(0) for block in BLOCKS}
         each = dims.queries * dims.head_dim
         made: dict[Site, Tensor] = {("hidden", 0): hidden}
         for index in range(dims.layers):
             made["heads", index] = heads[index][: each * widths.heads[index]]
             made["groups", index] = groups[index][: dims.head_dim * widths.heads[index]]
             made["intermediate", index] = channels[index][: widths.intermediate[index]]
-            for block in _BLOCKS:
+            for block in BLOCKS:
                 if block in self.kinds:
                     made[block, index] = blocks[block][index].expand(dims.hidden)
                     made[f"hidden and {block}", index] = hidden * blocks[block][index]

@@ -8,11 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nuteprune.arch import Arch
+from nuteprune.config import SHAPE_KEYS
 from nuteprune.control import bisect
 from nuteprune.errors import ConfigError
 from nuteprune.size import BlockSize
-
-KEYS = ("hidden", "heads", "intermediate", "layers")
 
 
 @dataclass(frozen=True)
@@ -50,11 +49,16 @@ class TargetShape:
         least = {"layers": len(set(arch.attention_types))}  # each type of attention has its own cache
         step = {"hidden": 1, "heads": dims.queries if grouped else dims.groups, "intermediate": 1, "layers": 1}
         for kind, count in asked.items():
+            if kind in arch.spec.fixed and count != whole[kind]:
+                raise ConfigError(
+                    f"--target-shape got {kind}={count}, which cannot be pruned exactly in the {arch.spec.model_type} family: "
+                    f"{arch.spec.fixed[kind]}. Leave {kind} out."
+                )
             low = least.get(kind, step[kind])
             if not low <= count <= whole[kind] or count % step[kind]:
                 of = f" in steps of {step[kind]} (--head-unit {head_unit})" if step[kind] > 1 else ""
                 raise ConfigError(f"--target-shape got {kind}={count}; allowed for this model is {low} to {whole[kind]}{of}.")
-        full = {kind: whole[kind] // step[kind] for kind in KEYS}
+        full = {kind: whole[kind] // step[kind] for kind in SHAPE_KEYS}
         units = {kind: count // step[kind] for kind, count in asked.items() if count < whole[kind]}
         if not units:
             raise ConfigError("--target-shape is the shape that the model has; give a smaller width or fewer layers.")
@@ -77,22 +81,3 @@ class TargetShape:
         at = self.full | self._units(share)
         groups, queries = (at["heads"], self.size.queries) if self.head_unit == "group" else (self.size.groups, at["heads"])
         return 1.0 - self.size.uniform(at["layers"], groups, queries, at["intermediate"], at["hidden"]) / self.size.full
-
-
-def parse_shape(parts: tuple[str, ...]) -> dict[str, int]:
-    """Width by kind from parts such as "hidden=512".
-
-    Raises:
-        ConfigError: a part that is none.
-    """
-    found: dict[str, int] = {}
-    for part in parts:
-        key, _, number = part.partition("=")
-        key = key.strip()
-        if key not in KEYS or not number.strip().isdigit() or key in found:
-            raise ConfigError(
-                f"--target-shape got {part!r}; allowed is each of {', '.join(f'{k}=N' for k in KEYS)} at most once, N a whole "
-                "number."
-            )
-        found[key] = int(number)
-    return found

@@ -50,7 +50,7 @@ class BlockSize:
         found: dict[str, int] = {}
         units = {Axis.QUERY: "query", Axis.KV: "group", Axis.INTERMEDIATE: "channel"}
         for name, shape in arch.parameters.items():
-            block = "attention" if name.rpartition(".")[0] in arch.spec.attention else "mlp"
+            block = arch.spec.block_of(name)
             for axes in product(*shape):  # a fused weight is a sum over the axes along its rows
                 unit = next((units[a] for a in axes if a in units), block)
                 each = 1

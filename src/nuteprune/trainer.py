@@ -25,17 +25,17 @@ from transformers import PreTrainedModel
 from nuteprune.arch import Arch
 from nuteprune.arrangement import Arrangement
 from nuteprune.checkpoint import load_checkpoint, load_optimizer, optimizer_tensors, save_checkpoint, within
-from nuteprune.config import PruneConfig
+from nuteprune.config import PruneConfig, parse_shape
 from nuteprune.control import Controller, LagrangianControl, ProjectionControl, schedule
 from nuteprune.data import Blocks
 from nuteprune.discretise import Discretiser, Rounding
-from nuteprune.errors import ConfigError, TrainingError
+from nuteprune.errors import TrainingError
 from nuteprune.gates import Deterministic, Gate, GateSet, HardConcrete
 from nuteprune.importance import taylor
 from nuteprune.losses import HiddenLoss, head_loss
 from nuteprune.masking import LoraOptions, MaskedModel, Role
 from nuteprune.masks import Masks
-from nuteprune.shape import TargetShape, parse_shape
+from nuteprune.shape import TargetShape
 from nuteprune.size import BlockSize, Unit
 from nuteprune.teachers import INTACT, Snapshot, TeacherBank, TeacherPolicy, teacher_name
 
@@ -128,7 +128,7 @@ class Trainer:
         """What happens before step 0: gates start from importance, if asked, and a checkpoint is written."""
         if self.policy.keeps_records and self.last_record <= self.config.teacher_lag:
             self.warn(
-                f"--teacher-lag {self.config.teacher_lag} is not below the {self.last_record} records that --sparsity "
+                f"--teacher-lag {self.config.teacher_lag} is not below the {self.last_record} records that a sparsity of "
                 f"{self.config.sparsity:g} leaves, so only the intact model will teach; lower it for numerous teachers"
             )
         if self.config.gate_init == "taylor":
@@ -247,7 +247,8 @@ class Trainer:
             scores = self.gates.alike(self.gates.scores(), shape.units_at(target))
         else:
             scores = self.gates.scores(self.control.offset(self.gates.scores(), self.gates.keep, target))
-            scores = self.gates.alike(scores) if self.config.uniform else scores
+            if self.config.uniform or self.config.head_unit == "query":
+                scores = self.gates.alike(scores, layers=self.config.uniform)
         return scores, self.size.expected_sparsity(self.gates.keep(scores))
 
     def student_masks(self, target: float) -> tuple[Masks, Tensor]:
@@ -440,18 +441,12 @@ def settled(config: PruneConfig, arch: Arch) -> PruneConfig:
     """The options with those that a target shape decides: sparsity, units and uniform widths.
 
     Raises:
-        ConfigError: the shape is none for this model, or contradicts an option given.
+        ConfigError: the model cannot have the shape.
     """
     shape = make_discretiser(config, arch).shape
     if shape is None:
         return config
-    decided: dict[str, Any] = {"sparsity": shape.sparsity, "prune": tuple(shape.units)}
-    for name, value in decided.items():
-        given, default = getattr(config, name), PruneConfig.__dataclass_fields__[name].default
-        same = math.isclose(given, value, abs_tol=1e-9) if name == "sparsity" else set(given) == set(value)
-        if given != default and not same:
-            raise ConfigError(f"--{name} got {given!r}, but --target-shape means {value!r}; leave one of them out.")
-    return config.replace(**decided, uniform=True)
+    return config.replace(sparsity=shape.sparsity, prune=tuple(shape.units), uniform=True)
 
 
 def lr_factor(kind: str, step: int, total: int) -> float:

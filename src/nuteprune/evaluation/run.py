@@ -12,7 +12,7 @@ from uuid import uuid4
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nuteprune.config import PruneConfig, read_yaml
+from nuteprune.config import PruneConfig
 from nuteprune.environment import environment
 from nuteprune.errors import ConfigError
 from nuteprune.evaluation.perplexity import perplexity, read_set
@@ -120,7 +120,7 @@ def evaluate(
     device = pick_device(options.device)
     names = [model] if run is None else [str(run)]
     if dense and run is not None:
-        names.insert(0, PruneConfig.create(**read_yaml(run / "config.yaml")).model)
+        names.insert(0, PruneConfig.of_run(run / "config.yaml").model)
     subjects = []
     for name in names:
         paths = [] if run is None else [run / FOLDER / (PRUNED if name == names[-1] else DENSE)]

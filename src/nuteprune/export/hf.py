@@ -25,7 +25,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from nuteprune.arch import Arch, layers, submodule
+from nuteprune.arch import BLOCKS, Arch, layers, submodule
 from nuteprune.compact import Compactor
 from nuteprune.errors import ExportError
 from nuteprune.export import modeling_nuteprune
@@ -142,7 +142,7 @@ def pruned_config(dense: PretrainedConfig, arch: Arch, counts: Counts) -> Pretra
     names = {kind: modeling_nuteprune.class_name(stock, kind) for kind in ("Config", "ForCausalLM")}
     config_class = getattr(modeling_nuteprune, names["Config"])
     every = {name.removesuffix(".weight"): [[str(a) for a in dim] for dim in shape] for name, shape in arch.parameters.items()}
-    blocks = {b: {k: v for k, v in every.items() if k in arch.spec.parts(b)} for b in ("attention", "mlp")}
+    blocks = {b: {k: v for k, v in every.items() if k in arch.spec.parts(b)} for b in BLOCKS}
     values = _shared_values(dense, arch, counts) | {
         "layer_kv_heads": [counts.groups[i] for i in counts.layers],
         "layer_queries": [counts.queries[i] for i in counts.layers],

@@ -41,12 +41,15 @@ def model_card(facts: RunFacts) -> str:
     notes = "\n".join(
         [f"- {line.name}: {line.note}" for line in facts.lines() if line.note] + [f"- {x}" for x in facts.left_out]
     )
-    rows = "\n".join(f"| {' | '.join(map(str, row))} |" for row in facts.left())
     other = (
         'or, without remote code, `from nuteprune import load; model, tokenizer = load("PATH")`.'
         if f.own_code
-        else "All layers have the same widths: a stock model, without code of its own."
+        else f"All layers are alike: a stock `{f.model_class}`, without code of its own."
     )
+    counts = masks.counts()
+    place = {layer: str(number) for number, layer in enumerate(counts.layers)}
+    lost = " Layers with nothing left are not in the checkpoint." if len(place) < len(counts.groups) else ""
+    rows = "\n".join(f"| {row[0]} | {place.get(row[0], '-')} | {' | '.join(map(str, row[1:]))} |" for row in facts.left())
     exact = f"; {f.exact.largest:.2e} in float64" if f.exact is not None else ""
     return f"""---
 {yaml.safe_dump(head, sort_keys=False).strip()}
@@ -77,10 +80,10 @@ Largest logit difference between this checkpoint and the masked model it was tra
 
 ## What is left
 
-Hidden size {masks.counts().hidden}. A layer with nothing left is not in the checkpoint.
+Hidden size {counts.hidden}.{lost}
 
-| layer | KV groups | query heads | intermediate |
-|---|---|---|---|
+| dense layer | layer | KV groups | query heads | intermediate |
+|---|---|---|---|---|
 {rows}
 
 ## Recipe

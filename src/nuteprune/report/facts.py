@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from nuteprune.checkpoint import TENSORS, checkpoints
-from nuteprune.config import PruneConfig, read_yaml
+from nuteprune.config import PruneConfig
 from nuteprune.errors import ConfigError, DataError
 from nuteprune.evaluation.compare import Comparison, compare, number
 from nuteprune.evaluation.perplexity import Perplexity
@@ -36,7 +36,8 @@ class Figures:
         total_before, total_after: parameters of the whole model.
         file_bytes: size of the safetensors files.
         dtype: precision of the exported weights.
-        own_code: whether the model's layers differ, so that its folder carries their code; False for a stock class.
+        model_class: the class that loads the model, such as LlamaForCausalLM.
+        own_code: whether the folder carries the model's code; False for a stock class.
         equality: comparison of compact and masked model, float32.
         exact: the same in float64, where rounding plays no part; None for large models.
         dense, pruned: perplexity before and after, or None where the text was too short to hold any out.
@@ -50,6 +51,7 @@ class Figures:
     total_after: int
     file_bytes: int
     dtype: str
+    model_class: str
     own_code: bool
     equality: Equality
     exact: Equality | None
@@ -75,6 +77,7 @@ class Figures:
             "model": {"before": self.total_before, "after": self.total_after, "removed": self.total_sparsity},
             "file_bytes": self.file_bytes,
             "dtype": self.dtype,
+            "model_class": self.model_class,
             "own_code": self.own_code,
             "largest_logit_difference": self.equality.largest,
             "largest_logit_difference_float64": self.exact.largest if self.exact else None,
@@ -99,6 +102,7 @@ class Figures:
             total_after=found["model"]["after"],
             file_bytes=found["file_bytes"],
             dtype=found["dtype"],
+            model_class=found["model_class"],
             own_code=found["own_code"],
             equality=Equality(found["largest_logit_difference"], *compared),
             exact=None if exact is None else Equality(exact, *compared),
@@ -163,7 +167,7 @@ class RunFacts:
         """
         if not (run / CONFIG).is_file():
             raise ConfigError(f"run {run} has no {CONFIG}; give the folder that nuteprune prune --out wrote.")
-        config = PruneConfig.create(**read_yaml(run / CONFIG))
+        config = PruneConfig.of_run(run / CONFIG)
         figures = None
         if (run / RESULT).is_file() and (run / MODEL).is_dir():
             try:

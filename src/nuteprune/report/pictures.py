@@ -95,8 +95,8 @@ def pictures(facts: RunFacts) -> list[Picture]:
         found.append(Picture("teachers", "Teachers", text, _teachers))
     if facts.masks is not None:
         text = (
-            f"What is left in {facts.masks_of}: KV groups and intermediate channels of each layer, and hidden channels. "
-            "Full colour is kept whole, a paler one is scaled down, none is removed."
+            f"What is left in {facts.masks_of}: heads and intermediate channels of each layer, and hidden channels where they "
+            "are pruned. Full colour is kept whole, a paler one is scaled down, none is removed."
         )
         found.append(Picture("left", "What is left", text, _left))
     if facts.comparison is not None and any(r.kind == "share" and r.ratio(1) is not None for r in facts.comparison.rows):
