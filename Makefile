@@ -19,7 +19,7 @@ demo: install
 	$(BIN)/nuteprune demo
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow

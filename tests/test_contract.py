@@ -224,6 +224,7 @@ def test_roles_run_narrow_as_they_run_whole(family: str, changes: dict[str, Any]
 def test_like_layers_make_a_stock_model(family: str, tmp_path: Path) -> None:
     """Uniform widths and fewer layers: the family's own class (or its twin's), without code in the folder."""
     config = tiny_config(family, num_hidden_layers=4)
+    config.auto_map = {"AutoConfig": "configuration_of_its_own.Config"}  # as hub models of once had
     masked = masked_model(config)
     arch = masked.arch
     masks = Masks.ones(arch.dims, torch.device("cpu"))
@@ -245,6 +246,7 @@ def test_like_layers_make_a_stock_model(family: str, tmp_path: Path) -> None:
     assert check_equal(masked, masks, config, ids, torch.float64).largest < 1e-9
     save(tmp_path / "m", compactor, config)
     assert not (tmp_path / "m/modeling_nuteprune.py").exists()
+    assert "auto_map" not in json.loads((tmp_path / "m/config.json").read_text())
     with torch.no_grad():
         masked.set_masks(masks)
         stock = load(tmp_path / "m")
@@ -340,3 +342,20 @@ def test_a_bias_without_a_unit_is_refused() -> None:
         Compactor(masked, masks)
     masks.mlp[2] = 0.0
     Compactor(masked, masks)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
+def test_bfloat16_embeddings_keep_the_scale_that_the_dense_model_has(family: str, tmp_path: Path) -> None:
+    """Stock code rounds sqrt(hidden size) to the weights' precision, and other sizes round differently."""
+    config = tiny_config(family, hidden_size=1152, num_hidden_layers=2)
+    masked = masked_model(config, torch.bfloat16)
+    masks = Masks.ones(masked.arch.dims, torch.device("cpu"))
+    masks.hidden[896:] = 0.0
+    save(tmp_path / "m", Compactor(masked, masks), config)
+    ids = torch.arange(2, 90)
+    with torch.no_grad():
+        dense = masked.model.get_input_embeddings()(ids).float()[:, :896]
+        compact = (
+            Source.find(str(tmp_path / "m")).model(torch.device("cpu"), torch.bfloat16).get_input_embeddings()(ids).float()
+        )
+    assert (compact.norm() / dense.norm()).item() == pytest.approx(1.0, abs=5e-4)

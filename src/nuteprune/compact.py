@@ -50,7 +50,8 @@ class Compactor:
         self._spread = dims.hidden / len(self._hidden)  # n / k of the residual stream
         self._soft = self.masks.hidden[self._hidden].double()
         # The stock embedding multiplies by its own function of the hidden size; the dense one's is put into the weight.
-        self._embedding = self.arch.embedding_scale(dims.hidden) / self.arch.embedding_scale(len(self._hidden))
+        self._scale = self.arch.embedding_scale(len(self._hidden), self.dtype)
+        self._embedding = self.arch.embedding_scale(dims.hidden, self.dtype) / self._scale
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """All of them, one at a time: embedding, layers, final norm, the head where it is not the embedding, and others."""
@@ -69,7 +70,7 @@ class Compactor:
     def embed(self, input_ids: Tensor) -> Tensor:
         """What the compact model's embedding gives for tokens, [..., kept] for ids [...]; its other rows are not made."""
         rows, places = input_ids.unique(return_inverse=True)
-        return self._embedding_rows(rows)[places] * self.arch.embedding_scale(len(self._hidden))
+        return self._embedding_rows(rows)[places] * self._scale
 
     def norm(self) -> tuple[str, Tensor]:
         """Name and weight [kept] of the final norm."""

@@ -345,6 +345,9 @@ class _Job:
             masked.release()  # from here on the written files speak for themselves
             trainer.lora_optimizer.state.clear()
             compact = Source.find(str(folder)).model(masked.device, self.save_dtype)
+            reporter.say(
+                f"the result is a {type(compact).__name__}" + ("" if is_stock(compact.config) else ", with its own code")
+            )
             pruned: Perplexity | None = None
             if apart is not None:
                 with reporter.counter("perplexity of the pruned model") as progress:

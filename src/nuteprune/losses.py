@@ -89,7 +89,8 @@ def _losses_of(
 
     A function of its own, so that its logits are gone when the next chunk's come.
     """
-    logits, slope = _capped(F.linear(student, weight, bias).float(), softcap)
+    logits = F.linear(student, weight, bias).float()
+    slope = None if softcap is None else _cap(logits, softcap, slope=True)
     valid, target = labels >= 0, labels.clamp_min(0).unsqueeze(1)
     top = logits.amax(-1)
     picked = logits.gather(1, target).squeeze(1)
@@ -103,7 +104,9 @@ def _losses_of(
             q.scatter_add_(1, target, -torch.ones_like(target, dtype=q.dtype))
             towards = q.mul_((valid * lm_factor).unsqueeze(1))
     if teacher is not None:
-        other, _ = _capped(F.linear(teacher, weight, bias).float(), softcap)
+        other = F.linear(teacher, weight, bias).float()
+        if softcap is not None:
+            _cap(other, softcap)
         if temperature != 1.0:
             logits, other, top = logits.div_(temperature), other.div_(temperature), top / temperature
         highest = other.amax(-1)
@@ -124,13 +127,12 @@ def _losses_of(
     return gradient, kl, lm
 
 
-def _capped(logits: Tensor, softcap: float | None) -> tuple[Tensor, Tensor | None]:
-    """Logits under a soft cap c, c tanh(logits / c), in place, and the slope there; without a cap as they are."""
-    if softcap is None:
-        return logits, None
-    share = logits.div_(softcap).tanh_()
-    slope = 1 - share.square()
-    return share.mul_(softcap), slope
+def _cap(logits: Tensor, softcap: float, slope: bool = False) -> Tensor | None:
+    """Puts logits under a soft cap c, c tanh(logits / c), in place; returns the slope there if asked."""
+    logits.div_(softcap).tanh_()
+    found = 1 - logits.square() if slope else None
+    logits.mul_(softcap)
+    return found
 
 
 def chunks(tokens: int, vocab: int, device: torch.device) -> Iterator[slice]:

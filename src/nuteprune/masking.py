@@ -259,23 +259,24 @@ class MaskedModel:
         if self.arrangement is not None:
             masks = self.arrangement.masks(masks)
         dims = self.arch.dims
-        like = {"device": self.device, "dtype": self._dtype}
-        heads = masks.heads.to(**like).flatten(1).repeat_interleave(dims.head_dim, dim=1).unbind(0)
-        groups = masks.groups.to(**like).repeat_interleave(dims.head_dim, dim=1).unbind(0)
-        channels = masks.intermediate.to(**like).unbind(0)
-        hidden = masks.hidden.to(**like)
-        blocks = {block: getattr(masks, block).to(**like).unbind(0) for block in BLOCKS}
         each = dims.queries * dims.head_dim
-        made: dict[Site, Tensor] = {("hidden", 0): hidden}
-        for index in range(dims.layers):
-            made["heads", index] = heads[index][: each * widths.heads[index]]
-            made["groups", index] = groups[index][: dims.head_dim * widths.heads[index]]
-            made["intermediate", index] = channels[index][: widths.intermediate[index]]
-            for block in BLOCKS:
-                if block in self.kinds:
-                    made[block, index] = blocks[block][index].expand(dims.hidden)
-                    made[f"hidden and {block}", index] = hidden * blocks[block][index]
-        return made
+        precise = torch.promote_types(torch.float32, self._dtype)  # products are rounded once, as folding rounds them
+        tensors = {kind: t.to(self.device, precise) for kind, t in masks.tensors().items()}
+        tensors["groups"] = masks.groups.to(self.device, precise)
+
+        def scale(what: str, index: int) -> Tensor:
+            if what == "hidden":
+                return tensors["hidden"]
+            if what == "intermediate":
+                return tensors["intermediate"][index, : widths.intermediate[index]]
+            if what == "heads":
+                return tensors["heads"][index].flatten().repeat_interleave(dims.head_dim)[: each * widths.heads[index]]
+            if what == "groups":
+                return tensors["groups"][index].repeat_interleave(dims.head_dim)[: dims.head_dim * widths.heads[index]]
+            value = tensors[what.removeprefix("hidden and ")][index]
+            return tensors["hidden"] * value if what.startswith("hidden and ") else value.expand(dims.hidden)
+
+        return {site: scale(*site).to(self._dtype) for site in {site for _, _, site in self._sites}}
 
     def install(self, role: Role) -> None:
         """Puts a role's masks and widths in place; LoRA weights stay."""
@@ -414,7 +415,7 @@ class MaskedModel:
             for parameter in module.parameters():
                 parameter.data = held.pop(parameter)
 
-        scale = self.arch.embedding_scale(self.arch.dims.hidden)
+        scale = self.arch.embedding_scale(self.arch.dims.hidden, dtype)
 
         def embedded(module: nn.Embedding, args: Any, output: Tensor) -> Tensor:
             rows = nn.functional.embedding(args[0], module.weight)

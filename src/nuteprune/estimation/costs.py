@@ -196,7 +196,8 @@ def _head(config: PruneConfig, arch: Arch, states: int) -> tuple[int, Work]:
     more = config.temperature != 1.0 or config.lm_weight > 0
     case = "no teacher" if config.teachers == "none" else "kl and more" if more else "kl"
     work = ((2.0 * products * values * hidden, 0.0), (0.0, float(LOGIT_TRAFFIC[case] * values)))
-    return LOGIT_BYTES[case] * (rows.stop - rows.start) * vocab + states, Work(work)
+    each = LOGIT_BYTES[case] + (4 if arch.softcap is not None else 0)  # the cap's slope
+    return each * (rows.stop - rows.start) * vocab + states, Work(work)
 
 
 def _leave_mask_out(masked: MaskedModel, dense: PretrainedConfig, tokens: int) -> None:

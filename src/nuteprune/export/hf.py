@@ -54,7 +54,15 @@ class Equality:
 
 
 # Left by a load from GGUF, a path of this machine, or written anew.
-_DROPPED = {"quantization_config", "_name_or_path", "name_or_path", "model_type", "transformers_version", "architectures"}
+_DROPPED = {
+    "auto_map",
+    "quantization_config",
+    "_name_or_path",
+    "name_or_path",
+    "model_type",
+    "transformers_version",
+    "architectures",
+}
 # Lists with an entry for each layer.
 _PER_LAYER = ("layer_types", "no_rope_layers")
 
@@ -96,7 +104,7 @@ def stock_config(dense: PretrainedConfig, arch: Arch, counts: Counts) -> Pretrai
             config = config_class(**(values | also))
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config)
-        except (ValueError, TypeError, RuntimeError, StrictDataclassError):  # its own checks; the shapes decide below
+        except (ValueError, StrictDataclassError):  # its own checks; the shapes decide below
             continue
         found = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         if found == wanted and _head_dims(model, arch) == {arch.dims.head_dim}:
@@ -303,6 +311,8 @@ def write_folder(
         config.save_pretrained(temporary)
         if generation is not None:
             generation.save_pretrained(temporary)
+        if isinstance(tokenizer, PreTrainedTokenizerBase):  # a default of the family's, which may be another one now
+            tokenizer.init_kwargs["padding_side"] = tokenizer.padding_side
         tokenizer.save_pretrained(temporary)
         if not is_stock(config):
             shutil.copyfile(modeling_nuteprune.__file__, temporary / "modeling_nuteprune.py")

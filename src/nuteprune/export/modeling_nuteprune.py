@@ -85,8 +85,10 @@ class _PrunedModel:
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        if config.layer_kv_heads is None:
-            raise ValueError("this configuration has no layer widths; it was not written by nuteprune's exporter")
+        if config.layer_kv_heads is None or config.layer_queries is None or config.layer_axes is None:
+            raise ValueError(
+                "this configuration lacks layer widths; it was not written by this version of nuteprune's exporter"
+            )
         slots = _cache_slots(config)
         for index, layer in enumerate(self.get_submodule(config.layer_list)):  # type: ignore[attr-defined]
             groups, queries = config.layer_kv_heads[index], config.layer_queries[index]
