@@ -157,7 +157,7 @@ BAD: list[tuple[dict[str, str], str]] = [
     ({"prune": "intermediate", "head-unit": "query"}, r"--head-unit got 'query', but no heads are pruned"),
     ({"target-shape": "layers=2", "head-unit": "query", "sparsity": ""}, r"--head-unit got 'query', but no heads are pruned"),
     ({"head-unit": "head"}, r"--head-unit got 'head'; allowed are group, query"),
-    ({"round-heads": "3"}, r"--round-heads got 3; this model's width is 2"),
+    ({"round-heads": "3"}, r"--round-heads got 3; this model has 2 to a layer, so allowed are 1, 2"),
     ({"target-shape": "depth=3", "sparsity": ""}, r"--target-shape got 'depth=3'; allowed is each of hidden=N"),
     ({"target-shape": "intermediate=24"}, r"--sparsity was given with --target-shape, which decides it"),
     (
@@ -335,3 +335,14 @@ def test_recipes_and_yaml_round_trip() -> None:
     assert (paper.gates, paper.control, paper.gate_init, paper.lr) == ("hard-concrete", "lagrangian", "open", 5e-4)
     assert PruneConfig.create(**yaml.safe_load(paper.to_yaml())) == paper
     assert PruneConfig(batch_size=4, seq_len=256, tokens=150_000).total_steps == 147
+
+
+def test_a_run_s_options_serve_another_shape(tmp_path: Path, model_folder: Path) -> None:
+    """Its config.yaml holds what its own shape decided, which yields."""
+    decided = {"sparsity": 1 / 3, "prune": ("layers",), "uniform": True}
+    first = PruneConfig.create(model=str(model_folder), target_shape="layers=2").replace(**decided)
+    (tmp_path / "config.yaml").write_text(first.to_yaml(), encoding="utf-8")
+    merged = cli._merged(None, tmp_path / "config.yaml", {"target_shape": "intermediate=24"})
+    assert merged.target_shape == ("intermediate=24",)
+    assert (merged.sparsity, merged.uniform) == (0.25, False)  # until the model is known
+    assert PruneConfig.of_run(tmp_path / "config.yaml") == first

@@ -16,7 +16,7 @@ from others import count, die, fill, no_memory, no_room, refuse, tell_and_wait, 
 from test_cli import call  # noqa: F401
 
 from nuteprune.arch import Arch
-from nuteprune.config import PruneConfig
+from nuteprune.config import SHAPE_DECIDES, PruneConfig
 from nuteprune.errors import ConfigError, MeasurementError
 from nuteprune.estimation.costs import step_cost
 from nuteprune.estimation.estimate import estimate
@@ -327,3 +327,24 @@ def test_a_larger_step_takes_longer(small_run: PruneConfig) -> None:
     )
     assert two.step_seconds > 1.7 * one.step_seconds
     assert two.peak > one.peak
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_shape": ("hidden=24", "heads=2", "intermediate=20", "layers=2")},
+        {"prune": ("heads", "intermediate", "layers"), "uniform": True, "sparsity": 0.4},
+        {"prune": ("attention", "mlp"), "sparsity": 0.4, "snapshot_every": 0.02},
+        {"head_unit": "query", "sparsity": 0.3},
+    ],
+)
+def test_sizes_of_other_units_and_shapes_hold(options: dict[str, Any], small_run: PruneConfig, capsys: Any) -> None:
+    given = {k: v for k, v in small_run.to_dict().items() if "target_shape" not in options or k not in SHAPE_DECIDES}
+    config = PruneConfig.create(**given | options)
+    size = estimate(config, measure=False, gpus=("h100-80gb",)).size
+    figures = prune(config).figures
+    assert figures is not None
+    assert figures.blocks_after <= size.blocks_after
+    assert figures.total_after <= size.total_after
+    if config.target_shape:
+        assert (figures.blocks_after, figures.total_after) == (size.blocks_after, size.total_after)

@@ -115,7 +115,14 @@ class Discretiser:
                 "hidden size that its heads divide, and no width with this --round-hidden and --round-heads is one; change "
                 "them."
             )
-        widths = {"heads": self._most("heads", 1), "intermediate": dims.intermediate, "hidden": dims.hidden}
+        heads = self._most("heads", 1)
+        if "heads" in self.kinds and heads % self.rounding.heads:  # else every layer would lose some whatever is asked
+            of = "KV group" if self.head_unit == "query" else "layer"
+            allowed = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+            raise ConfigError(
+                f"--round-heads got {self.rounding.heads}; this model has {heads} to a {of}, so allowed are {allowed}."
+            )
+        widths = {"intermediate": dims.intermediate, "hidden": dims.hidden}
         for kind, width in widths.items():
             multiple = getattr(self.rounding, kind)
             if kind in self.kinds and multiple > width:

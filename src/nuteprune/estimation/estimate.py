@@ -6,6 +6,7 @@ Sizes follow from the configuration. Memory and time of this machine are measure
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 import time
@@ -23,11 +24,13 @@ from nuteprune.errors import ConfigError, ExportError, MeasurementError, Trainin
 from nuteprune.estimation.costs import StepCost, step_cost
 from nuteprune.estimation.gpus import Gpu, GpuEstimate, assumptions, find_gpus, on_gpu
 from nuteprune.estimation.rehearsal import RunTime, miniature, rehearse, run_time
+from nuteprune.export.hf import compact_shapes
 from nuteprune.job import check_model, pick_save_dtype
 from nuteprune.measuring import in_fresh_process
 from nuteprune.models import Source, pick_device
 from nuteprune.progress import Reporter, duration
 from nuteprune.size import BlockSize
+from nuteprune.trainer import make_discretiser
 
 NOT_COUNTED = "reading and tokenising text, and sampling it for --data self"
 LAGRANGIAN = (
@@ -68,6 +71,10 @@ class Size:
         dtype = pick_save_dtype(config.save_dtype, dense)
         total = arch.total - full + after
         tensors = arch.dims.layers * len(arch.parameters) + 3
+        discretiser = make_discretiser(config, arch)
+        if discretiser.shape is not None:  # every width is known
+            shapes = compact_shapes(arch, discretiser.uniform_counts(discretiser.shape.units))
+            total, tensors = sum(map(math.prod, shapes.values())), len(shapes)
         return cls(full, after, arch.total, total, total * dtype.itemsize + HEADER * tensors, str(dtype).removeprefix("torch."))
 
     def to_dict(self) -> dict[str, Any]:
