@@ -11,12 +11,13 @@ import torch
 from conftest import make_tokenizer, tiny_config, tiny_model
 from rich.console import Console
 from safetensors.torch import load_file
+from test_trainer import Quiet
 from transformers import AutoModelForCausalLM
 
 from nuteprune.arch import Arch, spec_of
-from nuteprune.config import PruneConfig
+from nuteprune.config import SHAPE_DECIDES, PruneConfig
 from nuteprune.errors import ArchitectureError, ConfigError
-from nuteprune.job import PruneResult, prune
+from nuteprune.job import PruneResult, prune, resume
 from nuteprune.masks import Masks
 from nuteprune.progress import Reporter, read_metrics
 from nuteprune.shape import TargetShape
@@ -280,3 +281,17 @@ def test_importance_of_a_group_is_that_of_its_heads_together() -> None:
             units[kind][place] += sign * step
             ends.append(loss(units))
         assert found[kind][place].item() == pytest.approx(abs(ends[0] - ends[1]) / (2 * step), rel=2e-2)
+
+
+@pytest.mark.parametrize("stop", [3, 15])
+def test_a_shaped_run_resumes_to_the_same_weights(stop: int, small_run: PruneConfig, tmp_path: Path) -> None:
+    """Its config.yaml holds the options as the shape settled them."""
+    given = {k: v for k, v in small_run.to_dict().items() if k not in SHAPE_DECIDES}
+    config = PruneConfig.create(**given | {"target_shape": "heads=2,intermediate=24,layers=2"})
+    straight = prune(config, Quiet())
+    first = prune(config.replace(out=str(tmp_path / "stopped")), Quiet(interrupt_after=stop))
+    assert not first.complete
+    finished = resume(first.run, Quiet())
+    one, two = (load_file(r.model / "model.safetensors") for r in (straight, finished))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[key], two[key]) for key in one)
