@@ -136,6 +136,8 @@ def test_unreachable_sparsity_says_what_is_reachable() -> None:
         discretiser_of(("heads",)).check(0.9)
     with pytest.raises(ConfigError, match=r"--round-intermediate got 64; this model's width is 48"):
         discretiser_of(("intermediate",), Rounding(intermediate=64)).check(0.1)
+    with pytest.raises(ConfigError, match=r"--round-hidden got 64; this model's width is 32"):
+        discretiser_of(("hidden",), Rounding(hidden=64)).check(0.1)
     with pytest.raises(ConfigError, match=r"--round-heads got 4; this model has 2 to a layer, so allowed are 1, 2"):
         discretiser_of(("heads",), Rounding(heads=4)).check(0.1)
 

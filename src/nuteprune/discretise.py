@@ -109,12 +109,6 @@ class Discretiser:
             raise ConfigError("--head-unit got 'query'; this model has one query head in each KV group, so allowed is group.")
         if self.shape is not None:
             return
-        if not self._hidden_levels():
-            raise ConfigError(
-                f"--uniform got --prune {','.join(self.kinds)}; the {self.arch.spec.model_type} family's stock class wants a "
-                "hidden size that its heads divide, and no width with this --round-hidden and --round-heads is one; change "
-                "them."
-            )
         heads = self._most("heads", 1)
         if "heads" in self.kinds and heads % self.rounding.heads:  # else every layer would lose some whatever is asked
             of = "KV group" if self.head_unit == "query" else "layer"
@@ -127,6 +121,12 @@ class Discretiser:
             multiple = getattr(self.rounding, kind)
             if kind in self.kinds and multiple > width:
                 raise ConfigError(f"--round-{kind} got {multiple}; this model's width is {width}, so allowed is at most that.")
+        if not self._hidden_levels():
+            raise ConfigError(
+                f"--uniform got --prune {','.join(self.kinds)}; the {self.arch.spec.model_type} family's stock class wants a "
+                "hidden size that its heads divide, and no width with this --round-hidden and --round-heads is one; change "
+                "them."
+            )
         smallest = min((self._smallest(hidden) for hidden in self._hidden_levels()[:8]), key=self._count)
         least = 1 - self._count(smallest) / self.size.full
         if sparsity > least:

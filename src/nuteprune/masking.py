@@ -276,7 +276,8 @@ class MaskedModel:
             value = tensors[what.removeprefix("hidden and ")][index]
             return tensors["hidden"] * value if what.startswith("hidden and ") else value.expand(dims.hidden)
 
-        return {site: scale(*site).to(self._dtype) for site in {site for _, _, site in self._sites}}
+        sites = dict.fromkeys(site for _, _, site in self._sites)  # in order: gradients are summed alike in every process
+        return {site: scale(*site).to(self._dtype) for site in sites}
 
     def install(self, role: Role) -> None:
         """Puts a role's masks and widths in place; LoRA weights stay."""
