@@ -6,12 +6,13 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
 
-from nuteprune import PruneConfig, load, prune
+from nuteprune import PruneConfig, PruneResult, load, prune
 
 pytestmark = pytest.mark.slow
 BLOCKS = 106_202_880  # parameters of the dense model's 30 decoder layers
@@ -23,13 +24,18 @@ def _block_parameters(folder: Path) -> int:
         return sum(math.prod(file.get_slice(k).get_shape()) for k in file.keys() if ".layers." in k)  # noqa: SIM118
 
 
+def _short_run(folder: Path, **options: Any) -> PruneResult:
+    """A quarter of the blocks in eight steps."""
+    config = PruneConfig.create(
+        model="smollm2-135m", data=("pydoc",), sparsity=0.25, steps=8, batch_size=1, seq_len=64, gate_init_batches=4,
+        teacher_lag=3, out=str(folder / "run"), device="cpu", **options,
+    )  # fmt: skip
+    return prune(config)
+
+
 @pytest.mark.parametrize("units", [("heads", "intermediate"), ("heads", "intermediate", "hidden")])
 def test_quarter_of_the_blocks(units: tuple[str, ...], tmp_path: Path) -> None:
-    config = PruneConfig.create(
-        model="smollm2-135m", data=("pydoc",), sparsity=0.25, prune=units, steps=8, batch_size=1, seq_len=64,
-        gate_init_batches=4, teacher_lag=3, out=str(tmp_path / "run"), device="cpu",
-    )  # fmt: skip
-    result = prune(config)
+    result = _short_run(tmp_path, prune=units)
     assert result.figures is not None
     removed = 1 - _block_parameters(result.model) / BLOCKS
     assert 0.25 <= removed < 0.252
@@ -46,11 +52,7 @@ def test_quarter_of_the_blocks(units: tuple[str, ...], tmp_path: Path) -> None:
 
 def test_like_layers_load_in_plain_transformers(tmp_path: Path) -> None:
     """A process without nuteprune, and without code from the checkpoint."""
-    config = PruneConfig.create(
-        model="smollm2-135m", data=("pydoc",), sparsity=0.25, uniform=True, steps=8, batch_size=1, seq_len=64,
-        gate_init_batches=4, teacher_lag=3, out=str(tmp_path / "run"), device="cpu",
-    )  # fmt: skip
-    result = prune(config)
+    result = _short_run(tmp_path, uniform=True)
     assert result.figures is not None
     assert 0.25 <= 1 - _block_parameters(result.model) / BLOCKS < 0.27  # a rounding step is one of all 30 layers
     script = f"""

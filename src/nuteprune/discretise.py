@@ -238,7 +238,7 @@ class Discretiser:
         """The widths of a model of like layers with these units of each kind, everything of the others."""
         dims = self.arch.dims
         at = {"hidden": dims.hidden, "layers": dims.layers, **{kind: self._most(kind, 1) for kind in ROWS}} | units
-        groups, queries = (at["heads"], dims.queries) if self.head_unit == "group" else (dims.groups, at["heads"])
+        groups, queries = self.size.heads(at["heads"], self.head_unit)
         rows = (at["layers"], dims.layers - at["layers"])
         groups_, queries_, channels = ((n,) * rows[0] + (0,) * rows[1] for n in (groups, queries, at["intermediate"]))
         return Counts(groups_, queries_, channels, at["hidden"])
@@ -428,14 +428,10 @@ class Discretiser:
 
     def _count(self, widths: _Widths) -> int:
         """Block parameters of a choice."""
-        dims = self.arch.dims
         heads = torch.where(widths.blocks["attention"], widths.rows["heads"], 0).tolist()
         channels = torch.where(widths.blocks["mlp"], widths.rows["intermediate"], 0).tolist()
-        if self.head_unit == "group":
-            groups, queries = heads, [dims.queries] * dims.layers
-        else:
-            groups, queries = [dims.groups if n else 0 for n in heads], heads
-        return self.size.at(Counts(tuple(groups), tuple(queries), tuple(channels), widths.hidden))
+        groups, queries = zip(*(self.size.heads(n, self.head_unit) for n in heads), strict=True)
+        return self.size.at(Counts(groups, queries, tuple(channels), widths.hidden))
 
     def _units(self, scores: Unit, widths: _Widths) -> Unit:
         """The best units of a choice, as booleans by mask kind; a block without units counts as gone, and the reverse."""

@@ -79,5 +79,5 @@ class TargetShape:
 
     def _sparsity_at(self, share: float) -> float:
         at = self.full | self._units(share)
-        groups, queries = (at["heads"], self.size.queries) if self.head_unit == "group" else (self.size.groups, at["heads"])
+        groups, queries = self.size.heads(at["heads"], self.head_unit)
         return 1.0 - self.size.uniform(at["layers"], groups, queries, at["intermediate"], at["hidden"]) / self.size.full

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import product
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from nuteprune.arch import Arch, Axis
 from nuteprune.masks import Counts, Masks
 
 Unit = dict[str, Tensor]
+N = TypeVar("N", int, float)
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,12 @@ class BlockSize:
     def full(self) -> int:
         """Block parameters of the dense model."""
         return int(self.uniform(self.layers, self.groups, self.queries, self.intermediate, self.hidden))
+
+    def heads(self, units: N, head_unit: str) -> tuple[N, N]:
+        """KV groups and query heads in each, from a number of units of heads: KV groups, or query heads of every group."""
+        if head_unit == "group":
+            return units, self.queries
+        return (self.groups if units else 0), units
 
     def attention(self, groups: float, queries: float, hidden: float) -> float:
         """Parameters of an attention with these KV groups and query heads in all."""
