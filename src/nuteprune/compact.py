@@ -6,17 +6,20 @@ norms over the residual stream, and norms after a projection (of heads, or over 
 the projection. With tied embeddings the final norm is divided by the soft values once more, because the folded embedding
 also scales the head. Tensors come one at a time, and the float64 arithmetic runs over some rows at a time, so that making
 them takes the memory of one tensor.
+
+Where a format wants more units than are left (the same number in all layers, or at least one), zeros fill a layer up:
+their rows and columns compute zero, and norms count them in, so the model stays the same.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from nuteprune.arch import Arch, Axis, Linear, Norm, submodule
+from nuteprune.arch import Arch, Axis, Dim, Linear, Norm, submodule
 from nuteprune.errors import ExportError
 from nuteprune.masking import MaskedModel
 from nuteprune.masks import Counts, Masks
@@ -31,20 +34,30 @@ class Compactor:
         masked: the intact model with the LoRA weights to merge in place.
         masks: discrete masks; zeros are removed, other values folded.
         dtype: precision of the tensors made; the base model's by default (the arithmetic is float64).
+        fill: widths to fill up to with zeros, from those that masks leave (`Masks.counts`); None for no zeros. A layer with
+            nothing left has none; the hidden size cannot be filled up.
 
     Attributes:
+        counts: widths of the model made.
         kept_layers: dense numbers of the layers that are left, in order.
 
     Raises:
         ExportError: masks that no compact model can equal.
     """
 
-    def __init__(self, masked: MaskedModel, masks: Masks, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        masked: MaskedModel,
+        masks: Masks,
+        dtype: torch.dtype | None = None,
+        fill: Callable[[Counts], Counts] | None = None,
+    ) -> None:
         self.masked, self.masks = masked, masks.to(masked.device)
         self.dtype = dtype or masked.model.dtype
         self.arch, self.spec = masked.arch, masked.arch.spec
         dims = self.arch.dims
-        self.counts = checked_counts(self.arch, self.masks)
+        left = checked_counts(self.arch, self.masks)
+        self.counts = left if fill is None else fill(left)
         self.kept_layers = self.counts.layers
         self._hidden = self.masks.kept((Axis.HIDDEN,), 0, dims)
         self._spread = dims.hidden / len(self._hidden)  # n / k of the residual stream
@@ -103,19 +116,19 @@ class Compactor:
         for name in self._left(index):
             shape, path = arch.parameters[name], name.rpartition(".")[0]
             weight, part = self.masked.parameter(index, name).detach(), self.spec.block[path]
-            rows = self.masks.kept(shape[0], index, dims)
+            rows, real = self._places(shape[0], index)
             if isinstance(part, Norm):
-                yield f"{prefix}.{name}", self._norm_weight(weight[rows], part, path, index).to(self.dtype)
+                made = self._norm_weight(weight[rows], part, path, index)
+                yield f"{prefix}.{name}", (made if real is None else made * real).to(self.dtype)
                 continue
-            scale = self._row_scale(part, path, index)
-            row_scale = None if scale is None else scale[rows]
+            row_scale = _times(self._row_scale(part, path, index), rows, real)
             if len(shape) == 1:  # a bias
                 made = weight.double()[rows]
                 yield f"{prefix}.{name}", (made if row_scale is None else made * row_scale).to(self.dtype)
                 continue
-            columns = self.masks.kept(shape[1], index, dims)
+            columns, real = self._places(shape[1], index)
             folds = part.in_ in (Axis.QUERY, Axis.INTERMEDIATE)
-            column_scale = self.masks.values(part.in_, index, dims)[columns].double() if folds else None
+            column_scale = _times(self.masks.values(part.in_, index, dims).double() if folds else None, columns, real)
             yield (
                 f"{prefix}.{name}",
                 self._cut(weight, rows, columns, row_scale, column_scale, self.masked.lora_pair(index, path)),
@@ -126,6 +139,29 @@ class Compactor:
         gone = set() if self.counts.groups[index] else set(self.spec.attention)
         gone |= set() if self.counts.intermediate[index] else set(self.spec.mlp)
         return (name for name in self.arch.parameters if name.rpartition(".")[0] not in gone)
+
+    def _places(self, dim: Dim, index: int) -> tuple[Tensor, Tensor | None]:
+        """Elements along a dimension of the weight made, as indices into the dense one, int64.
+
+        The second tensor, float64, is 0 at what is filled up with zeros and 1 elsewhere; None if nothing is.
+        """
+        dims, counts, start = self.arch.dims, self.counts, 0
+        parts = []
+        for axis in dim:
+            kept = self.masks.kept((axis,), index, dims) + start
+            if axis is Axis.INTERMEDIATE:
+                kept = nn.functional.pad(kept, (0, counts.intermediate[index] - len(kept)), value=-1)
+            elif axis in (Axis.QUERY, Axis.KV):
+                alive = int((self.masks.groups[index] != 0).sum()) if len(kept) else 0
+                a_group = dims.head_dim * (counts.queries[index] if axis is Axis.QUERY else 1)
+                kept = kept.reshape(alive, -1) if alive else kept.new_empty(0, a_group)
+                more = (0, a_group - kept.shape[1], 0, counts.groups[index] - alive)
+                kept = nn.functional.pad(kept, more, value=-1).flatten()
+            parts.append(kept)
+            start += dims.size(axis)
+        every = torch.cat(parts)
+        real = every >= 0
+        return every.clamp(min=0), None if bool(real.all()) else real.double()
 
     def _block_value(self, path: str, index: int) -> Tensor | float:
         """What folds into the module at a block's end: the block's mask; 1 elsewhere."""
@@ -154,8 +190,7 @@ class Compactor:
 
     def _spread_of(self, axis: Axis, index: int) -> float:
         """N / k of an axis in a layer."""
-        size = self.arch.dims.size(axis)
-        return size / len(self.masks.kept((axis,), index, self.arch.dims))
+        return self.arch.dims.size(axis) / len(self._places((axis,), index)[0])
 
     def _embedding_rows(self, rows: Tensor | None) -> Tensor:
         weight = submodule(self.masked.model, self.spec.embedding).weight.detach()
@@ -186,6 +221,13 @@ class Compactor:
                 values *= column_scale
             made[part] = values.to(self.dtype)
         return made
+
+
+def _times(scale: Tensor | None, places: Tensor, real: Tensor | None) -> Tensor | None:
+    """A scale over a whole dimension at some places, and zero where these are not real; None for nothing."""
+    if scale is None:
+        return real
+    return scale[places] if real is None else scale[places] * real
 
 
 def checked_counts(arch: Arch, masks: Masks) -> Counts:

@@ -6,12 +6,12 @@ Both go layer by layer, so that they take the memory of one layer beside the bas
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -33,6 +33,9 @@ from nuteprune.files import atomic_folder, save_json, stream_tensors
 from nuteprune.masking import MaskedModel
 from nuteprune.masks import Counts, Masks
 from nuteprune.precision import WithoutRounding
+
+T = TypeVar("T")
+Progress = Callable[[int, int], None]
 
 TOLERANCE = 1e-3  # largest logit difference, float32
 _LOGITS = 2**23  # logits compared at once
@@ -218,6 +221,7 @@ def check_equal(
     blocks: Tensor,
     dtype: torch.dtype = torch.float32,
     tolerance: float = TOLERANCE,
+    fill: Callable[[Counts], Counts] | None = None,
 ) -> Equality:
     """Compares logits of the compact and the masked model on real text; both exist layer by layer only.
 
@@ -228,11 +232,12 @@ def check_equal(
         blocks: token ids, int64 [blocks, tokens].
         dtype: precision of both sides.
         tolerance: largest difference allowed.
+        fill: as the compactor that writes the model takes it.
 
     Raises:
         ExportError: they differ by more.
     """
-    compactor, ids = Compactor(masked, masks, dtype), blocks.to(masked.device)
+    compactor, ids = Compactor(masked, masks, dtype, fill), blocks.to(masked.device)
     with ExitStack() as stack:
         if dtype is torch.float64:
             stack.enter_context(WithoutRounding())
@@ -289,6 +294,7 @@ def write_folder(
     tokenizer: PreTrainedTokenizerBase,
     generation: GenerationConfig | None,
     max_shard: int = 5_000_000_000,
+    progress: Progress | None = None,
 ) -> Iterator[Path]:
     """Writes a model folder that loads without nuteprune; weights go to disk one by one.
 
@@ -299,6 +305,7 @@ def write_folder(
         tokenizer: the tokenizer.
         generation: generation settings of the dense model.
         max_shard: bytes above which weights are split over files.
+        progress: called with tensors written and their number.
 
     Yields:
         The folder under its temporary name, whole but for what the caller adds (the model card).
@@ -307,7 +314,7 @@ def write_folder(
     config.dtype = compactor.dtype
     shapes = {name: torch.Size(shape) for name, shape in compact_shapes(compactor.arch, compactor.counts).items()}
     with atomic_folder(path) as temporary:
-        write_shards(temporary, shapes, compactor.dtype, compactor.tensors(), max_shard)
+        write_shards(temporary, shapes, compactor.dtype, counted(compactor.tensors(), len(shapes), progress), max_shard)
         config.save_pretrained(temporary)
         if generation is not None:
             generation.save_pretrained(temporary)
@@ -317,6 +324,14 @@ def write_folder(
         if not is_stock(config):
             shutil.copyfile(modeling_nuteprune.__file__, temporary / "modeling_nuteprune.py")
         yield temporary
+
+
+def counted(tensors: Iterable[T], total: int, progress: Progress | None) -> Iterator[T]:
+    """The same things, reported as they are done with."""
+    for number, each in enumerate(tensors, 1):
+        yield each
+        if progress is not None:
+            progress(number, total)
 
 
 def write_shards(
