@@ -18,6 +18,7 @@ from nuteprune.arrangement import Arrangement
 from nuteprune.compact import Compactor
 from nuteprune.errors import ExportError
 from nuteprune.export.hf import build_compact, check_equal, compact_config, is_stock, stock_config, write_folder
+from nuteprune.export.llamacpp import ARCHITECTURES, least, widest
 from nuteprune.families import FAMILIES
 from nuteprune.masking import LoraOptions, MaskedModel
 from nuteprune.masks import Counts, Masks
@@ -167,6 +168,25 @@ def test_masked_equals_compact_everywhere(family: str, changes: dict[str, Any], 
         ours.save_pretrained(tmp_path / "again")
         assert torch.equal(load(tmp_path / "again")(ids).logits, reference)
         check_generation(ours, ids)
+
+
+@pytest.mark.parametrize(("family", "changes"), CASES)
+@pytest.mark.parametrize("head_unit", HEAD_UNITS)
+def test_zeros_that_fill_layers_up_change_nothing(family: str, changes: dict[str, Any], head_unit: str) -> None:
+    """As other programs want it: all layers as wide as the widest, or no block without a unit."""
+    if head_unit == "query" and not _grouped(family, changes):
+        pytest.skip("one query head a group")
+    config = tiny_config(family, num_hidden_layers=5, **changes)
+    ids = torch.randint(2, 96, (2, 20), generator=torch.Generator().manual_seed(1))
+    masked = masked_model(config)
+    masks = contract_masks(masked.arch, 3, head_unit)
+    left = Compactor(masked, masks).counts
+    for fill in (widest, least(ARCHITECTURES["deci"]), least(ARCHITECTURES["openelm"])):
+        filled = Compactor(masked, masks, fill=fill).counts
+        assert filled.layers == left.layers
+        assert filled != left
+        assert check_equal(masked, masks, config, ids, torch.float64, fill=fill).largest < 1e-9
+    assert widest(left).uniform
 
 
 class NoTokenizer:

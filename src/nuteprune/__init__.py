@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from nuteprune.estimation.estimate import Estimate, estimate
     from nuteprune.evaluation.record import Evaluation
     from nuteprune.evaluation.run import EvalOptions, evaluate
+    from nuteprune.export.adapter import load_adapter
+    from nuteprune.export.options import ExportOptions
+    from nuteprune.exporting import Exported, export_run
     from nuteprune.job import PruneResult, prune, resume
     from nuteprune.models import load
     from nuteprune.report.page import write_report
@@ -30,6 +33,10 @@ _HOME = {
     "EvalOptions": "nuteprune.evaluation.run",
     "Evaluation": "nuteprune.evaluation.record",
     "evaluate": "nuteprune.evaluation.run",
+    "ExportOptions": "nuteprune.export.options",
+    "Exported": "nuteprune.exporting",
+    "export_run": "nuteprune.exporting",
+    "load_adapter": "nuteprune.export.adapter",
     "write_report": "nuteprune.report.page",
     "PruneResult": "nuteprune.job",
     "prune": "nuteprune.job",
@@ -41,13 +48,17 @@ __all__ = [
     "Estimate",
     "EvalOptions",
     "Evaluation",
+    "ExportOptions",
+    "Exported",
     "NutePruneError",
     "PruneConfig",
     "PruneResult",
     "__version__",
     "estimate",
     "evaluate",
+    "export_run",
     "load",
+    "load_adapter",
     "prune",
     "resume",
     "write_report",

@@ -94,6 +94,7 @@ class ArchSpec:
         refused: configuration values (key, value, why) with which the family cannot be pruned exactly.
         divisible: the stock configuration wants a hidden size that its query heads divide.
         twin: another family whose classes hold the same weights and take more shapes, and what its configuration needs.
+        gguf: llama.cpp's architectures that compute the same (`export.llamacpp`), the family's own first.
     """
 
     model_type: str
@@ -112,6 +113,7 @@ class ArchSpec:
     refused: tuple[tuple[str, Any, str], ...] = ()
     divisible: bool = False
     twin: tuple[str, dict[str, Any]] | None = None
+    gguf: tuple[str, ...] = ()
 
     @property
     def block(self) -> dict[str, Part]:

@@ -39,8 +39,9 @@ _LLAMA = ArchSpec(
     attention=_INPUT_NORM | _PROJECTIONS,
     mlp=_MLP_NORM | _GATED,
     twin=("mistral", {"sliding_window": None}),  # LlamaConfig wants a hidden size that its heads divide
+    gguf=("llama", "deci"),
 )
-_QWEN3 = replace(_LLAMA, model_type="qwen3", attention=_LLAMA.attention | _head_norms(), twin=None)
+_QWEN3 = replace(_LLAMA, model_type="qwen3", attention=_LLAMA.attention | _head_norms(), twin=None, gguf=("qwen3", "openelm"))
 
 _BIDIRECTIONAL = ("use_bidirectional_attention", True, "it is an encoder, without a next token to predict")
 _GEMMA_NORM: dict[str, Part] = {"input_layernorm": Norm(Axis.HIDDEN, offset=1.0)}
@@ -52,6 +53,7 @@ _GEMMA = ArchSpec(
     norm_offset=1.0,
     scaled_embedding=True,
     refused=(_BIDIRECTIONAL,),
+    gguf=("gemma",),
 )
 _GEMMA2 = ArchSpec(
     "gemma2",
@@ -63,6 +65,7 @@ _GEMMA2 = ArchSpec(
     scaled_embedding=True,
     divisible=True,
     refused=(_BIDIRECTIONAL,),
+    gguf=("gemma2",),
 )
 
 _OLMO2 = ArchSpec(
@@ -75,6 +78,7 @@ _OLMO2 = ArchSpec(
     },
     mlp=_GATED | {"post_feedforward_layernorm": Norm(Axis.HIDDEN, after="mlp.down_proj")},
     narrow=("intermediate",),
+    gguf=("olmo2",),
 )
 
 _OPT = ArchSpec(
@@ -109,11 +113,11 @@ FAMILIES: dict[str, ArchSpec] = {
     for spec in (
         _LLAMA,
         replace(_LLAMA, model_type="mistral", twin=None),
-        replace(_LLAMA, model_type="qwen2", twin=None),
+        replace(_LLAMA, model_type="qwen2", twin=None, gguf=("qwen2", "deci")),
         _QWEN3,
         _GEMMA,
         _GEMMA2,
-        replace(_GEMMA2, model_type="gemma3_text", attention=_GEMMA2.attention | _head_norms(offset=1.0)),
+        replace(_GEMMA2, model_type="gemma3_text", attention=_GEMMA2.attention | _head_norms(offset=1.0), gguf=("gemma3",)),
         ArchSpec(
             "phi3",
             attention=_INPUT_NORM | _FUSED_PROJECTIONS,
@@ -121,9 +125,9 @@ FAMILIES: dict[str, ArchSpec] = {
             narrow=(),
         ),
         _OLMO2,
-        replace(_OLMO2, model_type="olmo3"),
-        replace(_LLAMA, model_type="smollm3", twin=None),
-        replace(_LLAMA, model_type="granite", twin=None),
+        replace(_OLMO2, model_type="olmo3", gguf=()),
+        replace(_LLAMA, model_type="smollm3", twin=None, gguf=("smollm3",)),
+        replace(_LLAMA, model_type="granite", twin=None, gguf=("granite",)),
         _OPT,
     )
 }

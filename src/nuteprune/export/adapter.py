@@ -1,0 +1,125 @@
+"""Masks and LoRA weights as a peft adapter: a few megabytes beside the intact model, for those who want to train on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from nuteprune.arch import Arch
+from nuteprune.config import PruneConfig
+from nuteprune.errors import ConfigError
+from nuteprune.files import save_tensors, save_text
+from nuteprune.masking import LoraOptions, MaskedModel
+from nuteprune.masks import Masks
+from nuteprune.models import Source, describe
+from nuteprune.teachers import Snapshot
+
+ADAPTER_CONFIG, ADAPTER, MASKS, OPTIONS = (
+    "adapter_config.json", "adapter_model.safetensors", "masks.safetensors", "config.yaml",
+)  # fmt: skip
+_PREFIX = "base_model.model."  # before a stock name in a file of peft's
+
+_CARD = """---
+library_name: peft
+base_model: {base}
+tags: [nuteprune, pruned, structured-pruning]
+---
+
+# {base}, {percent:.2f} % of its blocks masked
+
+Masks and LoRA weights of a run of nuteprune; the weights of {base} are not here. Masks act where nuteprune puts them, so load
+both through it; what comes back is a peft model that any trainer can train.
+
+```python
+from nuteprune import load_adapter
+
+model, tokenizer = load_adapter("PATH")
+...                                  # train; the masks stay
+model.save_pretrained("PATH")
+```
+
+Then `nuteprune export PATH --format hf` (or `gguf`) cuts the weights.
+"""
+
+
+def write_adapter(folder: Path, snapshot: Snapshot, config: PruneConfig, arch: Arch, sparsity: float) -> None:
+    """Writes the files of an adapter into a folder.
+
+    Args:
+        folder: an empty folder, moved to its place afterwards.
+        snapshot: masks and LoRA weights.
+        config: the run's options; kept, because export needs the base model and what was pruned.
+        arch: the dense model's description.
+        sparsity: share of block parameters that the masks remove.
+    """
+    options = LoraOptions(config.lora_rank, config.alpha, config.lora_targets)
+    names = [path.rpartition(".")[2] for path in options.modules(arch)]
+    made = LoraConfig(
+        r=options.rank,
+        lora_alpha=options.alpha,  # type: ignore[arg-type]  # peft divides by the rank; a fraction is fine
+        target_modules=names,
+        lora_dropout=0.0,
+        base_model_name_or_path=config.model,
+        task_type="CAUSAL_LM",
+        inference_mode=True,
+    )
+    made.save_pretrained(str(folder))
+    save_tensors(folder / ADAPTER, {f"{_PREFIX}{k.replace('.default.', '.')}": t for k, t in snapshot.lora.items()})
+    save_tensors(folder / MASKS, snapshot.masks.tensors())
+    save_text(folder / OPTIONS, config.to_yaml())
+    save_text(folder / "README.md", _CARD.format(base=Path(config.model).name, percent=100 * sparsity))
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder is what `write_adapter` wrote."""
+    return all((folder / name).is_file() for name in (ADAPTER_CONFIG, ADAPTER, MASKS, OPTIONS))
+
+
+def read_adapter(folder: Path) -> tuple[Masks, dict[str, Tensor]]:
+    """Masks and LoRA weights by their names in a masked model."""
+    lora = {}
+    for name, tensor in load_file(folder / ADAPTER).items():
+        path, _, parameter = name.removeprefix(_PREFIX).rpartition(".")
+        lora[f"{path}.default.{parameter}"] = tensor
+    return Masks.from_tensors(load_file(folder / MASKS)), lora
+
+
+def load_adapter(
+    folder: str | Path, device: str = "cpu", dtype: torch.dtype | str = "auto", trainable: bool = True
+) -> tuple[PeftModel, Any]:
+    """The intact model with the masks of an adapter in place and its LoRA weights as a peft adapter.
+
+    Args:
+        folder: what `nuteprune export RUN --format adapter` wrote.
+        device: torch device.
+        dtype: torch dtype of the base model, or "auto" for its checkpoint's own.
+        trainable: whether the LoRA weights take gradients.
+
+    Returns:
+        The peft model and the base model's tokenizer. Masks act in it without being part of it: its `save_pretrained` writes
+        the LoRA weights alone, which is all that training changes.
+
+    Raises:
+        ConfigError: the folder is not an adapter, or its base model cannot be found.
+    """
+    path = Path(folder)
+    if not is_adapter(path):
+        raise ConfigError(f"{path} is not an adapter; give a folder that nuteprune export --format adapter wrote.")
+    config = PruneConfig.of_run(path / OPTIONS)
+    source = Source.find(config.model)
+    _, arch = describe(source)
+    base = source.model(torch.device(device), dtype)  # type: ignore[arg-type]
+    model = PeftModel.from_pretrained(base, str(path), is_trainable=trainable)
+    stock: PreTrainedModel = model.get_base_model()  # type: ignore[assignment]
+    trained = [p for p in stock.parameters() if p.requires_grad]
+    masks, _ = read_adapter(path)
+    MaskedModel(stock, arch, config.prune, None).set_masks(masks.to(base.device))
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    return model, source.tokenizer(arch.dims.vocab)

@@ -1,0 +1,215 @@
+"""Writing a compact model as one GGUF file, tensor by tensor, under the names and in the order of rows that llama.cpp reads.
+
+Norms, biases and rotary factors are float32 in every file; the other weights have the type asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from nuteprune.arch import Arch, Norm
+from nuteprune.compact import Compactor
+from nuteprune.errors import ExportError
+from nuteprune.export.gguf_tokenizer import Field
+from nuteprune.export.hf import Progress, compact_config, compact_shapes, counted
+from nuteprune.export.llamacpp import Architecture, context
+
+# Types written here; quantised ones without llama.cpp, by the gguf package, in the plainest way.
+TYPES = {
+    "f32": (gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),
+    "f16": (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
+    "bf16": (gguf.GGMLQuantizationType.BF16, gguf.LlamaFileType.MOSTLY_BF16),
+    "q8_0": (gguf.GGMLQuantizationType.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
+    "q4_0": (gguf.GGMLQuantizationType.Q4_0, gguf.LlamaFileType.MOSTLY_Q4_0),
+}
+_SWAPPED = ("q_proj", "k_proj")
+
+
+@dataclass(frozen=True)
+class Unquantised:
+    """A weight of a quantised file that has another type than was asked for.
+
+    Attributes:
+        name: its name in the file.
+        row: its row length.
+        type: the type that it has.
+    """
+
+    name: str
+    row: int
+    type: str
+
+
+def write_gguf(
+    path: Path,
+    compactor: Compactor,
+    dense: PretrainedConfig,
+    architecture: Architecture,
+    tokenizer: Iterable[Field],
+    outtype: str,
+    name: str,
+    progress: Progress | None = None,
+) -> None:
+    """Writes the file. It is not whole before the end: give a name that is moved afterwards.
+
+    Args:
+        path: the file.
+        compactor: makes the weights, filled up to the widths that the architecture wants; in float32.
+        dense: the intact model's configuration.
+        architecture: as what the model is written.
+        tokenizer: the tokenizer's keys and values.
+        outtype: f32, f16, bf16, q8_0 or q4_0.
+        name: the model's name, for people.
+        progress: called with weights written and their number.
+    """
+    arch, counts = compactor.arch, compactor.counts
+    config = compact_config(dense, arch, counts)
+    kind, file_type = TYPES[outtype]
+    writer = gguf.GGUFWriter(None, architecture.name)
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_name(name)
+    writer.add_file_type(file_type)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    _add_widths(writer, compactor, config, architecture)
+    writer.add_context_length(context(dense, architecture))
+    _add_rope(writer, config)
+    for key, method in architecture.keys:
+        if (value := getattr(dense, key, None)) is not None:
+            getattr(writer, method)(value)
+    for field in tokenizer:
+        writer.add_key_value(field.key, field.value, field.type, field.element)
+
+    shapes = compact_shapes(arch, counts)
+    coming = ((name, torch.empty(shape, device="meta")) for name, shape in shapes.items())
+    wanted = []
+    for stored, tensor in _with_factors(_converted(coming, arch, architecture, len(counts.layers)), config):
+        into = _type_of(tensor, kind)
+        block, size = gguf.GGML_QUANT_SIZES[into]
+        writer.add_tensor_info(stored, tensor.shape, np.dtype(np.float32), tensor.numel() // block * size, into)
+        wanted.append((stored, into))
+    writer.open_output_file(path)
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        made = _with_factors(_converted(compactor.tensors(), arch, architecture, len(counts.layers)), config)
+        for (stored, into), (found, tensor) in zip(wanted, counted(made, len(wanted), progress), strict=True):
+            assert stored == found, f"tensor {found} came where {stored} was due"
+            writer.write_tensor_data(gguf.quants.quantize(tensor.float().cpu().numpy(), into))
+    finally:
+        writer.close()
+
+
+def _type_of(tensor: Tensor, kind: gguf.GGMLQuantizationType) -> gguf.GGMLQuantizationType:
+    """Type of a tensor in a file of a type: vectors stay float32, rows that do not divide into blocks float16."""
+    if tensor.dim() < 2:
+        return gguf.GGMLQuantizationType.F32
+    return kind if tensor.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0] == 0 else gguf.GGMLQuantizationType.F16
+
+
+def _add_widths(writer: gguf.GGUFWriter, compactor: Compactor, config: PretrainedConfig, architecture: Architecture) -> None:
+    counts, dims = compactor.counts, compactor.arch.dims
+    columns = {
+        writer.add_head_count: [counts.groups[i] * counts.queries[i] for i in counts.layers],
+        writer.add_head_count_kv: [counts.groups[i] for i in counts.layers],
+        writer.add_feed_forward_length: [counts.intermediate[i] for i in counts.layers],
+    }
+    for add, values in columns.items():
+        add(values if architecture.per_layer else values[0])
+    writer.add_block_count(len(counts.layers))
+    writer.add_embedding_length(counts.hidden)
+    writer.add_key_length(dims.head_dim)
+    writer.add_value_length(dims.head_dim)
+    writer.add_rope_dimension_count(dims.head_dim)
+    writer.add_vocab_size(dims.vocab)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+
+
+def _add_rope(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
+    every = config.rope_parameters
+    rope = every.get("full_attention", every)
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if (windowed := every.get("sliding_attention")) is not None:
+        writer.add_rope_freq_base_swa(windowed["rope_theta"])
+    if rope.get("rope_type") in ("linear", "yarn"):
+        writer.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
+        writer.add_rope_scaling_factor(rope["factor"])
+        if (original := rope.get("original_max_position_embeddings")) is not None:
+            writer.add_rope_scaling_orig_ctx_len(original)
+
+
+def _with_factors(tensors: Iterator[tuple[str, Tensor]], config: PretrainedConfig) -> Iterator[tuple[str, Tensor]]:
+    """The tensors, and what Llama 3 divides each rotary frequency by."""
+    yield from tensors
+    rope: dict[str, Any] = config.rope_parameters
+    if rope.get("rope_type") == "llama3":
+        scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+        channels = torch.arange(0, 2 * len(scaled), 2, dtype=torch.float32) / (2 * len(scaled))
+        yield "rope_freqs.weight", rope["rope_theta"] ** -channels / scaled
+
+
+def _converted(
+    tensors: Iterable[tuple[str, Tensor]], arch: Arch, architecture: Architecture, layers: int
+) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of a compact model as the file holds them; shapes on the meta device come out as shapes."""
+    number = {known: e for e, known in gguf.MODEL_ARCH_NAMES.items()}[architecture.name]
+    names = gguf.get_tensor_name_map(number, layers)
+    parts: list[Tensor] = []  # q, k and v on the way to becoming one
+    for name, tensor in tensors:
+        path, _, parameter = name.rpartition(".")
+        module = path.rpartition(".")[2]
+        if architecture.interleaved and module in _SWAPPED:
+            tensor = _interleaved(tensor, arch.dims.head_dim)
+        tensor = tensor + _offset(arch, path) if _offset(arch, path) else tensor
+        if architecture.fused and module in ("q_proj", "k_proj", "v_proj"):
+            parts.append(tensor)
+            if len(parts) < 3:
+                continue
+            tensor, parts, path = torch.cat(parts), [], path.removesuffix(module) + "qkv_proj"
+        stored = names.get_name(path)
+        if stored is None:
+            raise ExportError(f"llama.cpp's {architecture.name} has no place for {name}; please report this.")
+        yield f"{stored}.{parameter}", tensor
+
+
+def _offset(arch: Arch, path: str) -> float:
+    """What a norm adds to its weight, which the file holds with it."""
+    if path == arch.spec.final_norm:
+        return arch.spec.norm_offset
+    part = arch.spec.block.get(path.removeprefix(f"{arch.spec.layers}.").partition(".")[2])
+    return part.offset if isinstance(part, Norm) else 0.0
+
+
+def _interleaved(tensor: Tensor, head_dim: int) -> Tensor:
+    """Rows of each head in the order first, first of the second half, second, ..."""
+    halves = tensor.reshape(-1, 2, head_dim // 2, *tensor.shape[1:])
+    return halves.transpose(1, 2).reshape(tensor.shape)
+
+
+def unquantised(path: Path, outtype: str) -> list[Unquantised]:
+    """Weights of a quantised file that could not get the type asked for, because their rows do not divide into blocks.
+
+    A file of llama.cpp's has better types than asked for in places, the head's for one; these are not counted.
+    """
+    if outtype in ("f32", "f16", "bf16"):
+        return []
+    wanted = gguf.GGMLQuantizationType[_BLOCKS[outtype]]
+    found = []
+    for tensor in gguf.GGUFReader(path).tensors:
+        row = int(tensor.shape[0])
+        if len(tensor.shape) > 1 and row % gguf.GGML_QUANT_SIZES[wanted][0] and tensor.tensor_type != wanted:
+            found.append(Unquantised(tensor.name, row, tensor.tensor_type.name))
+    return found
+
+
+_BLOCKS = {"q8_0": "Q8_0", "q4_0": "Q4_0", "q4_k_m": "Q4_K", "q5_k_m": "Q5_K", "q6_k": "Q6_K"}

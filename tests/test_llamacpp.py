@@ -1,0 +1,214 @@
+"""GGUF files in llama.cpp itself: logits of every family that it can hold, tokenizers, quantisation, generation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_config
+from test_contract import contract_masks, masked_model
+from tokenizers_made import VOCAB, byte_level, sentencepiece
+from transformers import PreTrainedTokenizerFast
+
+from nuteprune.arch import Arch
+from nuteprune.compact import Compactor
+from nuteprune.errors import ExportError
+from nuteprune.export import llama_program
+from nuteprune.export.gguf import unquantised, write_gguf
+from nuteprune.export.gguf_tokenizer import SPLITS, tokenizer_fields
+from nuteprune.export.llamacpp import choose
+from nuteprune.families import FAMILIES
+from nuteprune.masking import MaskedModel
+from nuteprune.masks import Masks
+from nuteprune.models import Source
+
+pytestmark = pytest.mark.llamacpp
+
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
+LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+SIZES = {
+    "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "num_hidden_layers": 4,
+    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2,
+}  # fmt: skip
+UNTIED = {"tie_word_embeddings": False}
+MHA = {"num_key_value_heads": 4}
+IDS = [(7 * n * n + 3 * n) % (VOCAB - 10) + 5 for n in range(40)]
+
+LAYERED: list[tuple[str, str, dict[str, Any]]] = [
+    ("llama", "deci", {}),
+    ("llama", "deci", MHA | UNTIED),
+    ("llama", "deci", {"attention_bias": True, "mlp_bias": True}),
+    ("llama", "deci", {"rope_parameters": LLAMA3 | {"original_max_position_embeddings": 32}}),
+    ("llama", "deci", {"rope_parameters": LINEAR}),
+    ("llama", "deci", {"rope_parameters": YARN}),
+    ("mistral", "deci", UNTIED),
+    ("qwen2", "deci", {}),
+    ("qwen2", "deci", MHA | UNTIED),
+    ("qwen3", "openelm", {}),
+    ("qwen3", "openelm", MHA),
+]
+UNIFORM: list[tuple[str, str, dict[str, Any]]] = [
+    ("llama", "llama", {}),
+    ("llama", "llama", UNTIED | {"attention_bias": True, "mlp_bias": True}),
+    ("llama", "llama", {"rope_parameters": LLAMA3 | {"original_max_position_embeddings": 32}}),
+    ("mistral", "llama", MHA),
+    ("qwen2", "qwen2", {}),
+    ("qwen3", "qwen3", UNTIED),
+    ("gemma", "gemma", {}),
+    ("gemma2", "gemma2", {"query_pre_attn_scalar": 16}),
+    ("gemma3_text", "gemma3", {"query_pre_attn_scalar": 16, "num_hidden_layers": 6, "sliding_window_pattern": 6}),
+    ("olmo2", "olmo2", UNTIED),
+    ("smollm3", "smollm3", {"no_rope_layer_interval": 4}),
+    ("granite", "granite", UNTIED),
+]
+
+
+def made(family: str, changes: dict[str, Any]) -> tuple[Any, MaskedModel]:
+    config = tiny_config(family, **SIZES | changes)
+    return config, masked_model(config)
+
+
+def uniform_masks(arch: Arch) -> Masks:
+    """Every layer keeps the first units, with soft values; whole heads where the family's file wants them."""
+    masks = Masks.ones(arch.dims, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(3)
+    for kind in ("intermediate", "hidden", "attention", "mlp"):
+        tensor = getattr(masks, kind)
+        tensor.copy_(0.4 + 0.6 * torch.rand(tensor.shape, generator=generator))
+    masks.intermediate[:, 64:] = 0.0
+    if arch.spec.model_type != "olmo2":
+        masks.heads[:, 1:] = 0.0
+        masks.heads.mul_(0.8)
+    if not arch.spec.divisible and arch.spec.model_type not in ("olmo2", "granite", "smollm3"):
+        masks.hidden[32:] = 0.0
+    return masks
+
+
+def write(path: Path, config: Any, masked: MaskedModel, masks: Masks, tokenizer: Any, outtype: str = "f32") -> str:
+    """Writes a file; returns the architecture's name."""
+    left = Compactor(masked, masks).counts
+    choice = choose(masked.arch, config, left)
+    fields = tokenizer_fields(Source("tiny", "."), tokenizer, config)
+    compactor = Compactor(masked, masks, torch.float32, lambda _: choice.counts)
+    write_gguf(path, compactor, config, choice.architecture, fields, outtype, "tiny")
+    return choice.architecture.name
+
+
+def difference(path: Path, masked: MaskedModel, masks: Masks) -> float:
+    """Largest difference of logits between a file in llama.cpp and the masked model."""
+    masked.set_masks(masks)
+    wanted = masked.logits(torch.tensor([IDS]))[0]
+    return float((torch.from_numpy(llama_program.logits(path, IDS, 1)) - wanted).abs().max())
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return byte_level("qwen2")
+
+
+def test_every_family_with_an_architecture_has_a_row() -> None:
+    rows = {(family, name) for family, name, _ in LAYERED + UNIFORM}
+    wanted = {(family, name) for family, spec in FAMILIES.items() for name in spec.gguf}
+    assert rows == wanted
+
+
+@pytest.mark.parametrize(("family", "architecture", "changes"), LAYERED)
+def test_a_width_for_each_layer(
+    family: str, architecture: str, changes: dict[str, Any], tokenizer: Any, tmp_path: Path
+) -> None:
+    config, masked = made(family, changes)
+    masks = contract_masks(masked.arch, seed=2)
+    assert write(tmp_path / "m.gguf", config, masked, masks, tokenizer) == architecture
+    assert difference(tmp_path / "m.gguf", masked, masks) < 1e-3
+
+
+@pytest.mark.parametrize(("family", "architecture", "changes"), UNIFORM)
+def test_one_width_for_all(family: str, architecture: str, changes: dict[str, Any], tokenizer: Any, tmp_path: Path) -> None:
+    config, masked = made(family, changes)
+    masks = uniform_masks(masked.arch)
+    assert write(tmp_path / "m.gguf", config, masked, masks, tokenizer) == architecture
+    limit = 1e-3 if config.to_dict().get("hidden_act") == "silu" else 5e-3  # llama.cpp reads GELU off a float16 table
+    assert difference(tmp_path / "m.gguf", masked, masks) < limit
+
+
+@pytest.mark.parametrize("split", [*SPLITS, "sentencepiece"])
+def test_tokenizers(split: str, tmp_path: Path) -> None:
+    """llama.cpp reads text as the model's own tokenizer does."""
+    tokenizer = sentencepiece() if split == "sentencepiece" else byte_level(split)
+    config, masked = made("llama", {})
+    write(tmp_path / "m.gguf", config, masked, Masks.ones(masked.arch.dims, torch.device("cpu")), tokenizer)
+    texts = ["the cat sat", "It's 12345 and WE'LL see naïve café", "x = 3.14\n\n\ty", "日本 😀 two  spaces", "a"]
+    if split == "sentencepiece":  # it has no newline of its own; both fall back to bytes
+        texts.append(" leading")
+    found = llama_program.tokenised(tmp_path / "m.gguf", texts)
+    assert found == [tokenizer(text)["input_ids"] for text in texts]
+
+
+@pytest.mark.parametrize("outtype", ["q8_0", "q4_0", "q4_k_m"])
+def test_quantised_by_llama_cpp(outtype: str, tokenizer: Any, tmp_path: Path) -> None:
+    config, masked = made("llama", {})
+    masks = Masks.ones(masked.arch.dims, torch.device("cpu"))
+    masks.intermediate[1, 40:] = 0.0  # 40 channels do not divide into blocks of 32
+    floats, quantised = tmp_path / "m.gguf", tmp_path / "q.gguf"
+    write(floats, config, masked, masks, tokenizer)
+    llama_program.quantise(floats, quantised, outtype)
+    left = {u.name for u in unquantised(quantised, outtype)}
+    assert "blk.1.ffn_down.weight" in left
+    assert ("blk.0.ffn_down.weight" in left) == (outtype == "q4_k_m")  # 96 channels divide by 32, not by 256
+    assert quantised.stat().st_size < floats.stat().st_size
+    assert difference(quantised, masked, masks) < 3.0
+
+
+@pytest.mark.parametrize("outtype", ["f16", "bf16", "q8_0"])
+def test_other_types_run(outtype: str, tokenizer: Any, tmp_path: Path) -> None:
+    config, masked = made("llama", {})
+    masks = contract_masks(masked.arch, seed=2)
+    write(tmp_path / "m.gguf", config, masked, masks, tokenizer, outtype)
+    assert difference(tmp_path / "m.gguf", masked, masks) < 0.5
+
+
+def test_a_file_that_llama_cpp_does_not_run(tokenizer: Any, tmp_path: Path) -> None:
+    (tmp_path / "bad.gguf").write_bytes(b"GGUF but not really")
+    with pytest.raises(ExportError, match=r"llama\.cpp does not run bad\.gguf"):
+        llama_program.logits(tmp_path / "bad.gguf", IDS)
+    with pytest.raises(ExportError, match="could not quantise"):
+        llama_program.quantise(tmp_path / "bad.gguf", tmp_path / "out.gguf", "q8_0")
+
+
+def test_the_two_ways_in_which_a_lost_block_would_be_wrong(tokenizer: Any, tmp_path: Path) -> None:
+    """Facts that the exporter relies on: without its zeros llama.cpp computes something else, or refuses."""
+    config, masked = made("llama", {})
+    masks = Masks.ones(masked.arch.dims, torch.device("cpu"))
+    masks.intermediate[1] = 0.0
+    left = Compactor(masked, masks).counts
+    choice = choose(masked.arch, config, left)
+    fields = tokenizer_fields(Source("tiny", "."), tokenizer, config)
+    bare = Compactor(masked, masks, torch.float32)
+    write_gguf(tmp_path / "bare.gguf", bare, config, choice.architecture, fields, "f32", "tiny")
+    assert difference(tmp_path / "bare.gguf", masked, masks) > 0.1
+    write(tmp_path / "m.gguf", config, masked, masks, tokenizer)
+    assert difference(tmp_path / "m.gguf", masked, masks) < 1e-3
+
+    masks = Masks.ones(masked.arch.dims, torch.device("cpu"))
+    masks.heads[0] = 0.0
+    bare = Compactor(masked, masks, torch.float32)
+    write_gguf(tmp_path / "bare.gguf", bare, config, choice.architecture, fields, "f32", "tiny")
+    with pytest.raises(ExportError):
+        llama_program.logits(tmp_path / "bare.gguf", IDS)
+
+
+def test_greedy_continuations_are_those_of_transformers(tokenizer: Any, tmp_path: Path) -> None:
+    config, masked = made("llama", {})
+    masks = contract_masks(masked.arch, seed=4)
+    write(tmp_path / "m.gguf", config, masked, masks, tokenizer)
+    masked.set_masks(masks)
+    prompts = [IDS[:5], IDS[10:30]]
+    found = llama_program.continuations(tmp_path / "m.gguf", prompts, 8, 1)
+    for prompt, continuation in zip(prompts, found, strict=True):
+        ids = list(prompt)
+        for _ in range(8):
+            ids.append(int(masked.logits(torch.tensor([ids]))[0, -1].argmax()))
+        assert continuation == ids[len(prompt) :]
