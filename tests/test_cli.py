@@ -61,6 +61,8 @@ OTHER_SURFACES = {
     "eval": "batch-size data-dir dense device dtype json limit num-fewshot ppl quiet resume speed task-data tasks text-key "
     "window windows",
     "compare": "json markdown",
+    "export": "device dtype format max-shard-size out outtype quiet sparsity tokenizer-pre",
+    "bench": "against device dtype json new-tokens prompt-tokens quiet rounds threads",
     "report": "quiet watch",
     "inspect": "json",
     "demo": "out tokens",

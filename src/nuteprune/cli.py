@@ -82,8 +82,7 @@ def estimate_command(
     from nuteprune.files import check_output, save_json
 
     check_output("--json", json_file)
-    for number in (signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])):
-        signal.signal(number, lambda got, _: sys.exit(128 + got))  # as after Ctrl-C, nothing is left behind
+    _clean_end()
     found = estimate(checked, gpu or (), not no_measure, _reporter(quiet))
     if json_file is not None:
         save_json(json_file, found.to_dict())
@@ -93,6 +92,66 @@ def estimate_command(
     _print_tables(console, found.tables())
     if found.gpus:
         print(assumptions())
+
+
+@app.command(name="export", epilog="Example: nuteprune export runs/a --format gguf --outtype q8_0 --sparsity 0.10,0.25")
+def export_command(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, or an adapter that was exported from one.")],
+    format_: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            help="hf (a width for each layer, its own code), hf-uniform (a stock class), gguf (llama.cpp, Ollama), or adapter "
+            "(masks and LoRA weights for peft).",
+        ),
+    ] = "hf",
+    sparsity: Annotated[
+        str | None,
+        typer.Option(
+            "--sparsity",
+            help="Sparsities, comma separated: a record of the run each, or the nearest denser one; 0 is the intact model. "
+            "The pruned model without it.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="File or folder; a folder for several models. RUN/export without it.")
+    ] = None,
+    outtype: Annotated[
+        str | None,
+        typer.Option(
+            "--outtype", help="Weights in a GGUF file: f32, f16, bf16, q8_0, q4_0, q4_k_m, q5_k_m or q6_k; f16 without it."
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option("--dtype", help="Weights in a folder: auto, float32, bfloat16 or float16; the run's own without it."),
+    ] = None,
+    max_shard_size: Annotated[
+        str | None, typer.Option("--max-shard-size", help="Largest safetensors file, such as 500MB; 5GB without it.")
+    ] = None,
+    tokenizer_pre: Annotated[
+        str | None,
+        typer.Option("--tokenizer-pre", help="llama.cpp's name of how the tokenizer splits text, where it is not recognised."),
+    ] = None,
+    device: Device = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Writes models that a run holds for other programs: transformers, vLLM, llama.cpp, peft."""
+    from nuteprune.export.options import ExportOptions
+    from nuteprune.exporting import export_run
+
+    _clean_end()
+    options = ExportOptions(format_, _shares(sparsity), out, outtype, dtype, max_shard_size, tokenizer_pre, device)
+    try:
+        written = export_run(run, options, _reporter(quiet))
+    except KeyboardInterrupt:
+        print("stopped; what was not written whole is not there, and older exports are as they were", file=sys.stderr)
+        raise typer.Exit(130) from None
+    for each in written:
+        print(
+            f"{each.path}: {100 * each.sparsity:.2f} % of the blocks removed, {each.parameters:,} parameters, "
+            f"{each.file_bytes / 1e6:.1f} MB"
+        )
 
 
 @app.command(name="resume")
@@ -221,6 +280,41 @@ def compare_command(
         _print_comparison(found)
 
 
+@app.command(
+    name="bench", epilog="Example: nuteprune bench runs/a/export/a.gguf --against runs/a/export/dense.gguf --threads 1"
+)
+def bench_command(
+    model: Annotated[
+        str, typer.Argument(metavar="A", help="Run or model folder, hub id, or a .gguf file, which llama.cpp runs.")
+    ],
+    against: Annotated[str, typer.Option("--against", metavar="B", help="The model that A is compared with.")],
+    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", help="Tokens of the prompt.")] = 128,
+    new_tokens: Annotated[int, typer.Option("--new-tokens", help="Tokens generated after it.")] = 64,
+    rounds: Annotated[int, typer.Option("--rounds", help="Rounds in which the models take turns.")] = 7,
+    threads: Annotated[int | None, typer.Option("--threads", help="CPU threads; all cores without it.")] = None,
+    device: Device = "auto",
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="Precision of Hugging Face models: float32, bfloat16 or float16.")
+    ] = "float32",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file too.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Measures two models side by side: size, peak memory, prompt and decode speed, time to first token."""
+    from nuteprune.bench.run import BenchOptions, bench
+    from nuteprune.files import check_output, save_json
+
+    check_output("--json", json_file)
+    _clean_end()
+    options = BenchOptions(prompt_tokens, new_tokens, rounds, threads, device, dtype)
+    found = bench(model, against, options, _reporter(quiet))
+    if json_file is not None:
+        save_json(json_file, found.to_dict())
+    console = Console()
+    _print_tables(console, [("", *found.table())], right=True)
+    for note in found.notes:
+        console.print(note, highlight=False, markup=False, soft_wrap=True)
+
+
 @app.command(name="report")
 def report_command(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, finished or not.")],
@@ -291,6 +385,20 @@ def _merged(model: str | None, config: Path | None, options: dict[str, Any]) -> 
     if "model" not in merged:
         raise NutePruneError("MODEL is missing; give a folder, a hub id, a .gguf file or smollm2-135m.")
     return PruneConfig.create(**merged)
+
+
+def _clean_end() -> None:
+    """Ends as after Ctrl-C, leaving nothing behind, when the system asks for it."""
+    for number in (signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])):
+        signal.signal(number, lambda got, _: sys.exit(128 + got))
+
+
+def _shares(text: str | None) -> tuple[float, ...]:
+    """The numbers of `--sparsity`."""
+    try:
+        return tuple(float(part) for part in text.split(",")) if text is not None else ()
+    except ValueError:
+        raise ConfigError(f"--sparsity got {text!r}; give shares such as 0.25, or several: 0.10,0.15,0.20.") from None
 
 
 def _print_tables(

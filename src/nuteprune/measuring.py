@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import queue
 import signal
 import subprocess
 import sys
@@ -47,16 +48,44 @@ def in_fresh_process(
         RuntimeError: the function raised any other error; the text is its traceback.
         ValueError: the function cannot be imported by another process.
     """
-    if function.__module__ == "__main__" or "<" in function.__qualname__:
-        raise ValueError(f"{function.__qualname__} must stand at the top level of a module that can be imported")
-    # In a session of its own, so that Ctrl-C reaches this process alone, which then ends the child.
-    with subprocess.Popen(
-        [sys.executable, "-c", _START], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
-    ) as child:
+    with FreshProcess(advice) as process:
+        return process.call(function, *args, progress=progress)
+
+
+class FreshProcess:
+    """A fresh Python process that runs functions one after the other; use it as a context manager.
+
+    What a function leaves in its module is there for the next one.
+
+    Args:
+        advice: what to do when memory runs out, for the error.
+    """
+
+    def __init__(self, advice: str = "take a smaller model or batch") -> None:
+        self._advice = advice
+
+    def __enter__(self) -> FreshProcess:
+        # In a session of its own, so that Ctrl-C reaches this process alone, which then ends the child.
+        self._child = subprocess.Popen(
+            [sys.executable, "-c", _START], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+        )
+        assert self._child.stdin is not None
+        self._child.stdin.write(pickle.dumps(sys.path))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if kind is not None:
+            self._child.kill()
+        self._child.__exit__(kind, None, None)  # closes the pipes, upon which the child ends, and waits for it
+
+    def call(self, function: Callable[..., T], *args: Any, progress: Progress | None = None) -> tuple[T, int]:
+        """Calls a function in the process; as `in_fresh_process`."""
+        if function.__module__ == "__main__" or "<" in function.__qualname__:
+            raise ValueError(f"{function.__qualname__} must stand at the top level of a module that can be imported")
+        child = self._child
         assert child.stdin is not None
         assert child.stdout is not None
         try:
-            pickle.dump(sys.path, child.stdin)
             pickle.dump((function, args, progress is not None), child.stdin)
             child.stdin.flush()
             while True:
@@ -69,7 +98,7 @@ def in_fresh_process(
                 elif kind == "error":
                     raise value
                 elif kind == "memory":
-                    raise MeasurementError(f"the device's memory is full; {advice}.")
+                    raise MeasurementError(f"the device's memory is full; {self._advice}.")
                 else:
                     raise RuntimeError(f"{function.__qualname__} failed in its process:\n{value}")
         except (EOFError, BrokenPipeError, pickle.UnpicklingError) as error:
@@ -78,10 +107,7 @@ def in_fresh_process(
             except subprocess.TimeoutExpired:
                 child.kill()
                 code = child.wait()
-            raise MeasurementError(_death(code, advice)) from error
-        except BaseException:
-            child.kill()
-            raise
+            raise MeasurementError(_death(code, self._advice)) from error
 
 
 def _death(code: int, advice: str) -> str:
@@ -92,7 +118,7 @@ def _death(code: int, advice: str) -> str:
 
 
 def _serve() -> None:
-    """The child's side: reads a call from stdin, answers on stdout."""
+    """The child's side: reads calls from stdin, answers on stdout."""
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever libraries print goes to stderr
     lock = threading.Lock()
@@ -102,28 +128,44 @@ def _serve() -> None:
             pickle.dump((kind, value), answers)
             answers.flush()
 
-    function, args, reports = pickle.load(sys.stdin.buffer)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    calls: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(calls,), daemon=True).start()
+    while True:
+        function, args, reports = calls.get()
+        try:
+            own = {"progress": lambda done, total: send("progress", (done, total))} if reports else {}
+            result = function(*args, **own)
+            send("result", (result, peak_memory()))
+        except NutePruneError as error:
+            send("error", error)
+        except OSError as error:
+            text = f"the measuring process failed: {reason(error)}; if the disk is full, set TMPDIR to a folder with more room."
+            send("error", MeasurementError(text))
+        except BaseException as error:
+            # torch's error on a GPU and on a CPU; torch itself is not imported here
+            full = type(error).__name__ in ("OutOfMemoryError", "MemoryError") or "can't allocate memory" in str(error)
+            send("memory" if full else "failed", traceback.format_exc())
+
+
+def _listen(calls: queue.SimpleQueue[Any]) -> None:
+    """Hands calls on; ends this process when the parent is done or gone, which closes stdin."""
     try:
-        own = {"progress": lambda done, total: send("progress", (done, total))} if reports else {}
-        result = function(*args, **own)
-        send("result", (result, peak_memory()))
-    except NutePruneError as error:
-        send("error", error)
-    except OSError as error:
-        text = f"the measuring process failed: {reason(error)}; if the disk is full, set TMPDIR to a folder with more room."
-        send("error", MeasurementError(text))
-    except BaseException as error:
-        # torch's error on a GPU and on a CPU; torch itself is not imported here
-        full = type(error).__name__ in ("OutOfMemoryError", "MemoryError") or "can't allocate memory" in str(error)
-        send("memory" if full else "failed", traceback.format_exc())
+        while True:
+            calls.put(pickle.load(sys.stdin.buffer))
+    except EOFError:
+        os._exit(0)
+    except BaseException:  # a call that this process cannot read
+        traceback.print_exc()
+        os._exit(1)
 
 
-def _end_with_parent() -> None:
-    """Ends this process when the parent is gone, which closes stdin."""
-    while os.read(0, 1):
-        pass
-    os._exit(1)
+def forget_peak_memory() -> bool:
+    """Begins to count this process's peak memory anew, from what it holds now; False where the system has no way to."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
 
 
 def peak_memory() -> int:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nuteprune.measuring import in_fresh_process, peak_memory
+from nuteprune.measuring import forget_peak_memory, in_fresh_process, peak_memory
 from nuteprune.models import DTYPES, Source
 
 NEW_TOKENS, ROUNDS = 64, 5
@@ -54,11 +53,7 @@ def _alone(source: Source, device: str, dtype: str) -> tuple[int, bool]:
         torch.cuda.reset_peak_memory_stats(model.device)
         _generate(model, tokenizer, NEW_TOKENS)
         return torch.cuda.max_memory_allocated(model.device), False
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # forgets the peak of loading
-        loading = False
-    except OSError:
-        loading = True
+    loading = not forget_peak_memory()
     _generate(model, tokenizer, NEW_TOKENS)
     return peak_memory(), loading
 
