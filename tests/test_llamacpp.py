@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_config
+from rich.console import Console
 from test_contract import contract_masks, masked_model
 from tokenizers_made import VOCAB, byte_level, sentencepiece
 from transformers import PreTrainedTokenizerFast
 
+from nuteprune import ExportOptions, PruneConfig, export_run, load, prune
 from nuteprune.arch import Arch
 from nuteprune.compact import Compactor
 from nuteprune.errors import ExportError
@@ -23,6 +25,7 @@ from nuteprune.families import FAMILIES
 from nuteprune.masking import MaskedModel
 from nuteprune.masks import Masks
 from nuteprune.models import Source
+from nuteprune.progress import Reporter
 
 pytestmark = pytest.mark.llamacpp
 
@@ -212,3 +215,42 @@ def test_greedy_continuations_are_those_of_transformers(tokenizer: Any, tmp_path
         for _ in range(8):
             ids.append(int(masked.logits(torch.tensor([ids]))[0, -1].argmax()))
         assert continuation == ids[len(prompt) :]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sparsity", [0.25, 0.5])
+def test_smollm2_says_the_same_in_both(sparsity: float, tmp_path: Path) -> None:
+    """The real model, pruned: 20 prompts go on alike in transformers and in llama.cpp, and the file is as much smaller."""
+    config = PruneConfig.create(
+        model="smollm2-135m", data=("pydoc",), sparsity=sparsity, steps=8, batch_size=1, seq_len=64, gate_init_batches=4,
+        teacher_lag=3, out=str(tmp_path / "run"), device="cpu",
+    )  # fmt: skip
+    reporter = Reporter(Console(quiet=True))
+    prune(config, reporter)
+    options = ExportOptions(format="gguf", outtype="f32", sparsity=(0.0, sparsity), out=tmp_path, device="cpu")
+    dense, pruned = export_run(tmp_path / "run", options, reporter)
+    assert pruned.path.stat().st_size - dense.path.stat().st_size == pytest.approx(
+        4 * (pruned.parameters - dense.parameters), abs=8192
+    )
+    model, tokenizer = load(tmp_path / "run", dtype=torch.float32)
+    prompts = [tokenizer(text)["input_ids"] for text in PROMPTS]
+    wanted = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        made = model.generate(  # type: ignore[operator]
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=16, min_new_tokens=16, pad_token_id=0
+        )
+        wanted.append(made[0, len(prompt) :].tolist())
+    assert len(prompts) == 20
+    assert llama_program.continuations(pruned.path, prompts, 16) == wanted
+    assert llama_program.tokenised(pruned.path, PROMPTS) == prompts
+
+
+PROMPTS = [
+    "The history of the city begins with", "Water boils at", "Once upon a time there was", "The capital of France is",
+    "In 1969, the first", "def fibonacci(n):", "The best way to learn a language is", "My favourite food is",
+    "Photosynthesis is the process by which", "The president of the United States", "Dogs and cats are",
+    "A good night's sleep", "The stock market", "To make a cake, you need", "The theory of relativity",
+    "She opened the door and", "Once the train had left,", "The recipe calls for 2 cups of", "Quantum computers",
+    "Naïve people at the café",
+]  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import sys
@@ -442,6 +443,8 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' bars; ours are rich's
+    for name in ("torchao", "torch.utils._pytree"):  # peft imports torchao where it is; it tells of GPU files that it lacks
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         app()
     except NutePruneError as error:
