@@ -37,7 +37,7 @@ test-quantised: $(VENV)/installed-quantised
 	$(BIN)/python -m pytest -m quantised
 
 test-slow: install
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m 'slow and not llamacpp'
 
 check: install
 	$(BIN)/ruff format --check .

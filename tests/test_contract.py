@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
+import operator
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +21,7 @@ from nuteprune.arrangement import Arrangement
 from nuteprune.compact import Compactor
 from nuteprune.errors import ExportError
 from nuteprune.export.hf import build_compact, check_equal, compact_config, is_stock, stock_config, write_folder
-from nuteprune.export.llamacpp import ARCHITECTURES, least, widest
+from nuteprune.export.llamacpp import ARCHITECTURES, least
 from nuteprune.families import FAMILIES
 from nuteprune.masking import LoraOptions, MaskedModel
 from nuteprune.masks import Counts, Masks
@@ -181,12 +184,16 @@ def test_zeros_that_fill_layers_up_change_nothing(family: str, changes: dict[str
     masked = masked_model(config)
     masks = contract_masks(masked.arch, 3, head_unit)
     left = Compactor(masked, masks).counts
-    for fill in (widest, least(ARCHITECTURES["deci"]), least(ARCHITECTURES["openelm"])):
+    deci, openelm = (functools.partial(least, ARCHITECTURES[name]) for name in ("deci", "openelm"))
+    for fill in (operator.attrgetter("widest"), deci, openelm):
         filled = Compactor(masked, masks, fill=fill).counts
         assert filled.layers == left.layers
         assert filled != left
         assert check_equal(masked, masks, config, ids, torch.float64, fill=fill).largest < 1e-9
-    assert widest(left).uniform
+    assert left.widest.uniform
+    narrow = dataclasses.replace(left, intermediate=tuple(n // 2 for n in left.intermediate))
+    with pytest.raises(ValueError, match="a width is smaller"):
+        Compactor(masked, masks, fill=lambda _: narrow)
 
 
 class NoTokenizer:

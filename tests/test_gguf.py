@@ -23,10 +23,10 @@ from nuteprune.arch import Arch
 from nuteprune.compact import Compactor
 from nuteprune.errors import ConfigError, ExportError
 from nuteprune.export import llama_program
-from nuteprune.export.gguf import unquantised, write_gguf
+from nuteprune.export.gguf import other_types, write_gguf
 from nuteprune.export.gguf_tokenizer import SPLITS, tokenizer_fields
 from nuteprune.export.hf import compact_shapes
-from nuteprune.export.llamacpp import ARCHITECTURES, choose, context, widest
+from nuteprune.export.llamacpp import ARCHITECTURES, CONVERTER, choose, context
 from nuteprune.masking import MaskedModel
 from nuteprune.masks import Counts, Masks
 from nuteprune.models import Source
@@ -34,6 +34,11 @@ from nuteprune.progress import Reporter
 
 QUIET = Reporter(Console(quiet=True))
 SIZES = {"vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "num_hidden_layers": 4}
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
+PLAIN = {"rope_type": "default", "rope_theta": 1e4}
+GEMMA = {"query_pre_attn_scalar": 16}
 
 
 @pytest.fixture(autouse=True)
@@ -82,6 +87,7 @@ def test_a_file_with_a_width_for_each_layer(tmp_path: Path) -> None:
     config = tiny_config("llama", **SIZES | {"num_hidden_layers": 5})
     masked = masked_model(config)
     masks = contract_masks(masked.arch, 3)
+    masks.attention[2], masks.mlp[2], masks.attention[3], masks.mlp[3] = 0.0, 0.6, 0.0, 0.0
     compactor = write(tmp_path / "m.gguf", config, masked, masks)
     counts, layers = compactor.counts, compactor.counts.layers
     values, tensors = contents(tmp_path / "m.gguf")
@@ -95,7 +101,7 @@ def test_a_file_with_a_width_for_each_layer(tmp_path: Path) -> None:
     assert values["deci.attention.layer_norm_rms_epsilon"] == pytest.approx(1e-5 * 64 / counts.hidden)
     assert min(counts.intermediate[i] for i in layers) == 32  # where the MLP is gone: llama.cpp is wrong with none
     assert counts.groups[layers[0]] == 1  # where the attention of the first layer is gone
-    assert 0 in [counts.groups[i] for i in layers] or masks.groups[2].sum() > 0
+    assert counts.groups[2] == 0  # where another layer's is
     assert sum(t.numel() for t in tensors.values()) == sum(math.prod(s) for s in compact_shapes(masked.arch, counts).values())
     made = dict(compactor.tensors())
     for number in range(4):
@@ -138,26 +144,52 @@ def test_llama_3_s_frequencies_are_divided(tmp_path: Path) -> None:
     [
         ("opt", {}, "llama.cpp's architectures do not cover the opt family here; write --format hf-uniform"),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "it has no dynamic rotary"),
+        ("llama", {"rope_parameters": YARN | {"beta_fast": 16}}, "it has no yarn (beta_fast) rotary embedding"),
+        ("llama", {"hidden_act": "gelu"}, "it has another activation than gelu"),
         ("qwen3", {"attention_bias": True}, "it has no bias in k_proj, o_proj, q_proj, v_proj"),
-        ("gemma2", {"query_pre_attn_scalar": 8}, "it scales queries by the head's channels"),
+        ("qwen3", {"attention_bias": True}, f"); {CONVERTER}."),  # --uniform would not help
+        ("gemma2", GEMMA | {"query_pre_attn_scalar": 8}, "it scales queries by the head's channels"),
+        ("gemma2", GEMMA | {"tie_word_embeddings": False}, "it always takes the embedding for the head"),
+        ("gemma2", GEMMA | {"final_logit_softcapping": None}, "it does not do without final_logit_softcapping"),
+        ("gemma2", GEMMA | {"hidden_activation": "relu", "hidden_act": "gelu_pytorch_tanh"}, "another activation than relu"),
+        ("gemma2", GEMMA | {"layer_types": ["full_attention"] * 4}, "it takes every layer whose number 2 divides"),
         (
-            "gemma2",
-            {"query_pre_attn_scalar": 16, "final_logit_softcapping": None, "tie_word_embeddings": False},
-            "embedding for",
+            "gemma3_text",
+            GEMMA
+            | {
+                "rope_parameters": {
+                    "full_attention": PLAIN,
+                    "sliding_attention": PLAIN | {"rope_type": "linear", "factor": 2.0},
+                }
+            },
+            "it has no linear rotary embedding in layers with a window",
         ),
         ("olmo2", {}, "it wants a head of its own"),
-        ("llama", {"hidden_act": "gelu"}, "it has another activation than gelu"),
     ],
 )
 def test_models_that_llama_cpp_cannot_hold(family: str, changes: dict[str, Any], text: str) -> None:
-    sizes = SIZES if family != "opt" else {}
-    config = tiny_config(family, **{**sizes, **changes})
+    config = tiny_config(family, **({**SIZES, **changes} if family != "opt" else {}))
     arch = Arch.from_config(config)
     dims = arch.dims
     whole = Counts((dims.groups,) * dims.layers, (dims.queries,) * dims.layers, (dims.intermediate,) * dims.layers, dims.hidden)
     with pytest.raises(ExportError) as caught:
         choose(arch, config, whole)
     assert text in str(caught.value)
+
+
+def test_variants_that_are_the_plain_one() -> None:
+    """Qwen's own way of writing YaRN, and values that say what holds anyway."""
+    config = tiny_config("qwen2", **SIZES, rope_parameters=YARN | {"type": "yarn", "beta_fast": 32, "truncate": True})
+    whole = Counts((2,) * 4, (2,) * 4, (96,) * 4, 64)
+    assert choose(Arch.from_config(config), config, whole).architecture.name == "qwen2"
+
+
+def test_qwen2_s_own_architecture_wants_heads_as_wide_as_the_stream() -> None:
+    config = tiny_config("qwen2", **SIZES)
+    arch = Arch.from_config(config)
+    for groups, hidden, name in ((2, 64, "qwen2"), (1, 64, "deci"), (2, 48, "deci"), (1, 32, "qwen2")):
+        counts = Counts((groups,) * 4, (2,) * 4, (96,) * 4, hidden)
+        assert choose(arch, config, counts).architecture.name == name
 
 
 def test_patterns_that_llama_cpp_takes_for_granted() -> None:
@@ -167,7 +199,7 @@ def test_patterns_that_llama_cpp_takes_for_granted() -> None:
     whole = Counts((2,) * 6, (2,) * 6, (96,) * 6, 64)
     assert choose(arch, config, whole).architecture.name == "gemma2"
     gone = Counts((2, 0, 2, 2, 2, 2), (2,) * 6, (96, 0, 96, 96, 96, 96), 64)
-    with pytest.raises(ExportError, match=r"takes every 2th layer for the odd one of layer_types, which is no longer so"):
+    with pytest.raises(ExportError, match=r"goes by the number of each layer, and some have gone\); prune it with --uniform"):
         choose(arch, config, gone)
     pair = Counts((2, 0, 0, 2, 2, 2), (2,) * 6, (96, 0, 0, 96, 96, 96), 64)
     assert choose(arch, config, pair).counts.layers == (0, 3, 4, 5)
@@ -179,9 +211,9 @@ def test_without_widths_of_their_own_layers_are_filled_up_where_it_still_saves()
     counts = Counts((2, 1, 1, 2), (2,) * 4, (64, 32, 80, 48), 64)
     choice = choose(arch, config, counts)
     assert choice.architecture.name == "qwen3"
-    assert choice.counts == widest(counts) == Counts((2,) * 4, (2,) * 4, (80,) * 4, 64)
+    assert choice.counts == counts.widest == Counts((2,) * 4, (2,) * 4, (80,) * 4, 64)
     assert "all layers were filled up to the widest with zeros" in choice.notes[0]
-    with pytest.raises(ExportError, match=r"openelm: it always takes the embedding for the head\)\. Prune it with --uniform"):
+    with pytest.raises(ExportError, match=r"openelm: it always takes the embedding for the head\); prune it with --uniform"):
         choose(arch, config, Counts((2, 1, 1, 2), (2,) * 4, (96, 32, 80, 48), 64))
 
 
@@ -235,6 +267,81 @@ def test_sentencepiece_merges_become_scores() -> None:
     assert values["ggml.token_type"][0] == gguf.TokenType.UNKNOWN
 
 
+def test_tokens_of_the_user_s_are_text() -> None:
+    """llama.cpp writes them as they are: a run of spaces must be spaces there."""
+    values = fields_of(sentencepiece(more=("\u2581\u2581\u2581",)))
+    place = values["ggml.token_type"].index(gguf.TokenType.USER_DEFINED)
+    assert values["ggml.tokens"][place] == "   "
+    assert values["ggml.scores"][place] < min(s for s in values["ggml.scores"] if s > -1e8)
+    assert values["ggml.add_space_prefix"] is False
+    assert fields_of(sentencepiece(metaspace=True))["ggml.add_space_prefix"] is True
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"normalizer": {"type": "Lowercase"}}, "has a step Lowercase that llama.cpp does not do"),
+        ({"pre_tokenizer": {"type": "Digits", "individual_digits": True}}, "has a step Digits"),
+        (
+            {"pre_tokenizer": {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first", "split": True}},
+            "has a step Metaspace",
+        ),
+        ({"merges": 1}, "does not join"),
+    ],
+)
+def test_pieces_that_llama_cpp_would_join_otherwise(change: dict[str, Any], text: str) -> None:
+    values = json.loads(sentencepiece().backend_tokenizer.to_str())
+    if "merges" in change:
+        del values["model"]["merges"][5]
+    else:
+        values |= change
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(values)))
+    with pytest.raises(ExportError, match=text):
+        fields_of(tokenizer)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"normalizer": {"type": "Lowercase"}},
+        {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}},
+        {"ignore_merges": True},
+    ],
+)
+def test_byte_level_tokenizers_that_prepare_text_otherwise(change: dict[str, Any]) -> None:
+    values = json.loads(byte_level("gpt-2").backend_tokenizer.to_str())
+    if "ignore_merges" in change:
+        values["model"] |= change
+    else:
+        values |= change
+    with pytest.raises(ExportError, match=r"--tokenizer-pre"):
+        fields_of(PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(values))))
+
+
+def test_composed_letters_are_no_hindrance() -> None:
+    """Qwen composes letters first; llama.cpp does not, which only decomposed text shows."""
+    values = json.loads(byte_level("qwen2").backend_tokenizer.to_str()) | {"normalizer": {"type": "NFC"}}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(values)))
+    assert fields_of(tokenizer)["ggml.pre"] == "qwen2"
+
+
+def test_a_way_to_split_that_nothing_would_use_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--tokenizer-pre is for byte-level tokenizers; that of tiny is sentencepiece's kind"):
+        fields_of(sentencepiece(), split="falcon")
+
+
+def test_a_gguf_file_s_tokenizer_is_copied(tmp_path: Path) -> None:
+    config = tiny_config("llama", **SIZES)
+    masked = masked_model(config)
+    write(tmp_path / "m.gguf", config, masked, Masks.ones(masked.arch.dims, torch.device("cpu")))
+    source = Source.find(str(tmp_path / "m.gguf"))
+    found = {f.key: f.value for f in tokenizer_fields(source, byte_level("qwen2"), config)}
+    values, _ = contents(tmp_path / "m.gguf")
+    assert found == {k: v for k, v in values.items() if k.startswith("tokenizer.")}
+    with pytest.raises(ConfigError, match="is copied from its GGUF file"):
+        tokenizer_fields(source, byte_level("qwen2"), config, "falcon")
+
+
 def test_rows_without_a_token_are_unused_ones() -> None:
     config = tiny_config("llama", **SIZES | {"vocab_size": VOCAB + 5})
     found = {f.key: f.value for f in tokenizer_fields(Source("tiny", "."), byte_level("qwen2"), config)}
@@ -246,11 +353,11 @@ def test_tokenizers_that_are_not_known_are_refused() -> None:
     other = Tokenizer(models.BPE())
     other.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(use_regex=False)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=other)
-    with pytest.raises(ExportError, match=r"splits text in a way \(Whitespace, bytes\).*--tokenizer-pre"):
+    with pytest.raises(ExportError, match=r"in a way \(Whitespace, a space in front, bytes\) that is not .*--tokenizer-pre"):
         fields_of(tokenizer)
     assert fields_of(tokenizer, split="falcon")["ggml.pre"] == "falcon"
     words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
-    with pytest.raises(ExportError, match=r"is WordLevel; llama\.cpp export knows BPE"):
+    with pytest.raises(ExportError, match=r"is WordLevel; GGUF files are written for BPE\. Otherwise write --format"):
         fields_of(words)
 
 
@@ -304,12 +411,12 @@ def test_types(run: Path, outtype: str, share: float, tmp_path: Path) -> None:
 def test_rows_that_do_not_divide_are_told(run: Path, tmp_path: Path) -> None:
     options = ExportOptions(format="gguf", outtype="q8_0", out=tmp_path / "m.gguf", device="cpu")
     (written,) = export_run(run, options, QUIET)
-    left = unquantised(written.path, "q8_0")
+    left = other_types(written.path, "q8_0")
     assert left
     assert {u.type for u in left} == {"F16"}
     assert all(u.row % 32 for u in left)
-    assert any(f"{len(left)} weights are F16, because their rows" in note for note in written.notes)
-    assert unquantised(written.path, "f16") == []
+    assert any(f"{len(left)} weights are F16 instead: their rows" in note for note in written.notes)
+    assert other_types(written.path, "f16") == []
 
 
 def test_llama_cpp_s_own_types_want_llama_cpp(run: Path) -> None:

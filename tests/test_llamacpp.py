@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from conftest import tiny_config
@@ -15,10 +16,15 @@ from transformers import PreTrainedTokenizerFast
 
 from nuteprune import ExportOptions, PruneConfig, export_run, load, prune
 from nuteprune.arch import Arch
+from nuteprune.bench.llama_side import LlamaSide
+from nuteprune.bench.run import BenchOptions, run_bench
+from nuteprune.bench.sides import Load
 from nuteprune.compact import Compactor
 from nuteprune.errors import ExportError
+from nuteprune.export import gguf as gguf_file
 from nuteprune.export import llama_program
-from nuteprune.export.gguf import unquantised, write_gguf
+from nuteprune.export.beside import check_reading, run_beside
+from nuteprune.export.gguf import other_types, write_gguf
 from nuteprune.export.gguf_tokenizer import SPLITS, tokenizer_fields
 from nuteprune.export.llamacpp import choose
 from nuteprune.families import FAMILIES
@@ -58,7 +64,8 @@ UNIFORM: list[tuple[str, str, dict[str, Any]]] = [
     ("llama", "llama", UNTIED | {"attention_bias": True, "mlp_bias": True}),
     ("llama", "llama", {"rope_parameters": LLAMA3 | {"original_max_position_embeddings": 32}}),
     ("mistral", "llama", MHA),
-    ("qwen2", "qwen2", {}),
+    ("qwen2", "qwen2", {}),  # one group of two heads is as wide as what is left of the stream
+    ("qwen2", "deci", {"head_dim": 32}),
     ("qwen3", "qwen3", UNTIED),
     ("gemma", "gemma", {}),
     ("gemma2", "gemma2", {"query_pre_attn_scalar": 16}),
@@ -66,6 +73,7 @@ UNIFORM: list[tuple[str, str, dict[str, Any]]] = [
     ("olmo2", "olmo2", UNTIED),
     ("smollm3", "smollm3", {"no_rope_layer_interval": 4}),
     ("granite", "granite", UNTIED),
+    ("granite", "granite", {"attention_bias": True, "mlp_bias": True}),
 ]
 
 
@@ -137,47 +145,84 @@ def test_one_width_for_all(family: str, architecture: str, changes: dict[str, An
     assert difference(tmp_path / "m.gguf", masked, masks) < limit
 
 
-@pytest.mark.parametrize("split", [*SPLITS, "sentencepiece"])
+PIECES = {
+    "prepended": sentencepiece(),
+    "metaspace": sentencepiece(metaspace=True),
+    "runs of spaces": sentencepiece(more=tuple("\u2581" * n for n in range(2, 9))),  # as Gemma has them
+}
+
+
+@pytest.mark.parametrize("split", [*SPLITS, *PIECES])
 def test_tokenizers(split: str, tmp_path: Path) -> None:
-    """llama.cpp reads text as the model's own tokenizer does."""
-    tokenizer = sentencepiece() if split == "sentencepiece" else byte_level(split)
+    """llama.cpp reads text as the model's own tokenizer does, and writes it back."""
+    tokenizer = PIECES.get(split) or byte_level(split)
     config, masked = made("llama", {})
     write(tmp_path / "m.gguf", config, masked, Masks.ones(masked.arch.dims, torch.device("cpu")), tokenizer)
     texts = ["the cat sat", "It's 12345 and WE'LL see naïve café", "x = 3.14\n\n\ty", "日本 😀 two  spaces", "a"]
-    if split == "sentencepiece":  # it has no newline of its own; both fall back to bytes
-        texts.append(" leading")
+    if split != "metaspace":  # which puts no space before a space, other than sentencepiece itself
+        texts.append("    leading")
     found = llama_program.tokenised(tmp_path / "m.gguf", texts)
     assert found == [tokenizer(text)["input_ids"] for text in texts]
+    model = llama_program.open_model(str(tmp_path / "m.gguf"), 8, vocab_only=True)
+    assert [model.detokenize(ids).decode().lstrip(" ") for ids in found] == [text.lstrip(" ") for text in texts]
+    model.close()
+    check_reading(tmp_path / "m.gguf", tokenizer, split in PIECES)
 
 
-@pytest.mark.parametrize("outtype", ["q8_0", "q4_0", "q4_k_m"])
-def test_quantised_by_llama_cpp(outtype: str, tokenizer: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("outtype", "limit"), [("q8_0", 0.25), ("q4_0", 2.0), ("q4_k_m", 0.8)])
+def test_quantised_by_llama_cpp(outtype: str, limit: float, tokenizer: Any, tmp_path: Path) -> None:
     config, masked = made("llama", {})
     masks = Masks.ones(masked.arch.dims, torch.device("cpu"))
     masks.intermediate[1, 40:] = 0.0  # 40 channels do not divide into blocks of 32
     floats, quantised = tmp_path / "m.gguf", tmp_path / "q.gguf"
     write(floats, config, masked, masks, tokenizer)
     llama_program.quantise(floats, quantised, outtype)
-    left = {u.name for u in unquantised(quantised, outtype)}
+    left = {u.name for u in other_types(quantised, outtype)}
     assert "blk.1.ffn_down.weight" in left
     assert ("blk.0.ffn_down.weight" in left) == (outtype == "q4_k_m")  # 96 channels divide by 32, not by 256
     assert quantised.stat().st_size < floats.stat().st_size
-    assert difference(quantised, masked, masks) < 3.0
+    assert difference(quantised, masked, masks) < limit  # wrong weights are off by 2.8, the largest logit
 
 
-@pytest.mark.parametrize("outtype", ["f16", "bf16", "q8_0"])
-def test_other_types_run(outtype: str, tokenizer: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("outtype", "limit"), [("f16", 0.01), ("bf16", 0.1), ("q8_0", 0.25), ("q4_0", 2.0)])
+def test_other_types_run(outtype: str, limit: float, tokenizer: Any, tmp_path: Path) -> None:
     config, masked = made("llama", {})
     masks = contract_masks(masked.arch, seed=2)
     write(tmp_path / "m.gguf", config, masked, masks, tokenizer, outtype)
-    assert difference(tmp_path / "m.gguf", masked, masks) < 0.5
+    assert difference(tmp_path / "m.gguf", masked, masks) < limit
+
+
+@pytest.mark.parametrize("outtype", ["f32", "f16"])
+def test_a_file_that_computes_something_else_is_refused(
+    outtype: str, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, masked = made("llama", {})
+    masks = contract_masks(masked.arch, seed=2)
+    write(tmp_path / "m.gguf", config, masked, masks, tokenizer, outtype)
+    largest, same = run_beside(tmp_path / "m.gguf", masked, masks, IDS, outtype)
+    assert largest < 0.01
+    assert same > 0.9
+    monkeypatch.setattr(gguf_file, "_interleaved", lambda tensor, head_dim: tensor)
+    write(tmp_path / "m.gguf", config, masked, masks, tokenizer, outtype)
+    with pytest.raises(ExportError, match=rf"computes other logits from this {outtype} file, by up to .* nothing was written"):
+        run_beside(tmp_path / "m.gguf", masked, masks, IDS, outtype)
+
+
+def test_layers_without_attention(tokenizer: Any, tmp_path: Path) -> None:
+    """All but the first layer may do without in the file; the first keeps one head of zeros."""
+    config, masked = made("llama", {"num_hidden_layers": 5})
+    masks = Masks.ones(masked.arch.dims, torch.device("cpu"))
+    masks.attention[0] = masks.attention[2] = masks.attention[4] = 0.0
+    write(tmp_path / "m.gguf", config, masked, masks, tokenizer)
+    assert gguf.GGUFReader(tmp_path / "m.gguf").fields["deci.attention.head_count"].contents() == [1, 4, 0, 4, 0]
+    assert difference(tmp_path / "m.gguf", masked, masks) < 1e-3
 
 
 def test_a_file_that_llama_cpp_does_not_run(tokenizer: Any, tmp_path: Path) -> None:
     (tmp_path / "bad.gguf").write_bytes(b"GGUF but not really")
     with pytest.raises(ExportError, match=r"llama\.cpp does not run bad\.gguf"):
         llama_program.logits(tmp_path / "bad.gguf", IDS)
-    with pytest.raises(ExportError, match="could not quantise"):
+    with pytest.raises(ExportError, match=r"could not quantise to q8_0: .*bad.*Try --outtype f16"):
         llama_program.quantise(tmp_path / "bad.gguf", tmp_path / "out.gguf", "q8_0")
 
 
@@ -215,6 +260,28 @@ def test_greedy_continuations_are_those_of_transformers(tokenizer: Any, tmp_path
         for _ in range(8):
             ids.append(int(masked.logits(torch.tensor([ids]))[0, -1].argmax()))
         assert continuation == ids[len(prompt) :]
+
+
+def test_bench_runs_files_in_llama_cpp(tokenizer: Any, tmp_path: Path) -> None:
+    """Each prompt is processed anew, and generation is the program's own greedy one."""
+    config, masked = made("llama", {})
+    whole = Masks.ones(masked.arch.dims, torch.device("cpu"))
+    masks = contract_masks(masked.arch, seed=2)
+    write(tmp_path / "dense.gguf", config, masked, whole, tokenizer)
+    write(tmp_path / "pruned.gguf", config, masked, masks, tokenizer)
+    measured = LlamaSide(str(tmp_path / "pruned.gguf"), Load(10, 6, 1, "cpu", "float32"))
+    for _ in range(2):
+        found = [measured.first(IDS[:10])]
+        for _ in range(5):
+            found.append(measured.next(found[-1]))
+        assert [found] == llama_program.continuations(tmp_path / "pruned.gguf", [IDS[:10]], 6, 1)
+    options = BenchOptions(prompt_tokens=20, new_tokens=4, rounds=3, threads=1)
+    result = run_bench(str(tmp_path / "pruned.gguf"), str(tmp_path / "dense.gguf"), options, Reporter(Console(quiet=True)))
+    assert result.b.parameters == masked.arch.total
+    assert result.a.parameters < result.b.parameters
+    assert result.a.file_bytes == (tmp_path / "pruned.gguf").stat().st_size
+    assert result.a.program == "llama.cpp, 1 threads"
+    assert len(result.a.rounds) == len(result.b.rounds) == 3
 
 
 @pytest.mark.slow

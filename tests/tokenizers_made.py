@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from conftest import text
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -34,8 +36,13 @@ def byte_level(split: str) -> PreTrainedTokenizerFast:
     return _finished(tokenizer)
 
 
-def sentencepiece() -> PreTrainedTokenizerFast:
-    """BPE over characters with bytes for what it does not know, as Llama 2 has it."""
+def sentencepiece(metaspace: bool = False, more: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
+    """BPE over characters with bytes for what it does not know, as Llama 2 has it.
+
+    Args:
+        metaspace: put the space in front by a pre-tokenizer instead of a normalizer.
+        more: tokens of the user's, such as runs of spaces; as in Gemma, no space goes before the text then.
+    """
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
     tokenizer.decoder = decoders.Sequence(
@@ -44,20 +51,26 @@ def sentencepiece() -> PreTrainedTokenizerFast:
     special = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256))]
     trainer = trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=SPECIAL, show_progress=False, limit_alphabet=30)
     tokenizer.train_from_iterator([" ".join(CORPUS[:5]).replace("\n", " ")], trainer)
-    found = tokenizer.to_str()
-    import json
-
-    values = json.loads(found)
+    values = json.loads(tokenizer.to_str())
     merges = values["model"]["merges"]
     letters = {token for token in values["model"]["vocab"] if len(token) == 1}
     vocab = {token: number for number, token in enumerate([*special, *sorted(letters)])}
-    kept = []
     for left, right in merges:
-        if len(vocab) < VOCAB:
-            kept.append([left, right])
+        if len(vocab) < VOCAB - len(more):
             vocab.setdefault(left + right, len(vocab))
-    values["model"] |= {"vocab": vocab, "merges": kept}
+    vocab |= {token: len(vocab) + number for number, token in enumerate(more)}
+    pieces = [*more, *(t for t in vocab if t not in special and t not in more)]
+    every = [[t[:n], t[n:]] for t in pieces for n in range(1, len(t)) if t[:n] in vocab and t[n:] in vocab]  # as converters do
+    values["model"] |= {"vocab": vocab, "merges": every}
     values["added_tokens"] = [t for t in values["added_tokens"] if t["content"] in SPECIAL]
+    values["added_tokens"] += [values["added_tokens"][0] | {"id": vocab[t], "content": t, "special": False} for t in more]
+    if more:
+        values["normalizer"]["normalizers"].pop(0)
+    if metaspace:  # how transformers 5 builds LlamaTokenizer
+        values["normalizer"] = None
+        values["pre_tokenizer"] = {
+            "type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first", "split": False,
+        }  # fmt: skip
     return _finished(Tokenizer.from_str(json.dumps(values)))
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from nuteprune.bench.run import Bench, BenchOptions, run_bench
     from nuteprune.config import PruneConfig
     from nuteprune.errors import NutePruneError
     from nuteprune.estimation.estimate import Estimate, estimate
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from nuteprune.report.page import write_report
 
 _HOME = {
+    "Bench": "nuteprune.bench.run",
+    "BenchOptions": "nuteprune.bench.run",
+    "run_bench": "nuteprune.bench.run",
     "PruneConfig": "nuteprune.config",
     "NutePruneError": "nuteprune.errors",
     "Estimate": "nuteprune.estimation.estimate",
@@ -45,6 +49,8 @@ _HOME = {
 }
 
 __all__ = [
+    "Bench",
+    "BenchOptions",
     "Estimate",
     "EvalOptions",
     "Evaluation",
@@ -61,6 +67,7 @@ __all__ = [
     "load_adapter",
     "prune",
     "resume",
+    "run_bench",
     "write_report",
 ]
 

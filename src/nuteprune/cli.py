@@ -301,13 +301,13 @@ def bench_command(
     quiet: Quiet = False,
 ) -> None:
     """Measures two models side by side: size, peak memory, prompt and decode speed, time to first token."""
-    from nuteprune.bench.run import BenchOptions, bench
+    from nuteprune.bench.run import BenchOptions, run_bench
     from nuteprune.files import check_output, save_json
 
     check_output("--json", json_file)
     _clean_end()
     options = BenchOptions(prompt_tokens, new_tokens, rounds, threads, device, dtype)
-    found = bench(model, against, options, _reporter(quiet))
+    found = run_bench(model, against, options, _reporter(quiet))
     if json_file is not None:
         save_json(json_file, found.to_dict())
     console = Console()

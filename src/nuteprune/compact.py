@@ -43,6 +43,7 @@ class Compactor:
 
     Raises:
         ExportError: masks that no compact model can equal.
+        ValueError: `fill` gives fewer units than are left.
     """
 
     def __init__(
@@ -58,6 +59,8 @@ class Compactor:
         dims = self.arch.dims
         left = checked_counts(self.arch, self.masks)
         self.counts = left if fill is None else fill(left)
+        if fill is not None and not _holds(self.counts, left):
+            raise ValueError(f"zeros cannot fill {left} up to {self.counts}: a width is smaller, or the hidden size differs")
         self.kept_layers = self.counts.layers
         self._hidden = self.masks.kept((Axis.HIDDEN,), 0, dims)
         self._spread = dims.hidden / len(self._hidden)  # n / k of the residual stream
@@ -221,6 +224,14 @@ class Compactor:
                 values *= column_scale
             made[part] = values.to(self.dtype)
         return made
+
+
+def _holds(wide: Counts, left: Counts) -> bool:
+    """Whether widths are those that are left or larger, of the same layers and the same hidden size."""
+    pairs = zip(
+        (*wide.groups, *wide.queries, *wide.intermediate), (*left.groups, *left.queries, *left.intermediate), strict=True
+    )
+    return wide.layers == left.layers and wide.hidden == left.hidden and all(w >= n for w, n in pairs)
 
 
 def _times(scale: Tensor | None, places: Tensor, real: Tensor | None) -> Tensor | None:

@@ -25,8 +25,9 @@ from nuteprune.data import Blocks
 from nuteprune.errors import ConfigError, ExportError
 from nuteprune.export import llama_program, llamacpp
 from nuteprune.export.adapter import is_adapter, read_adapter, write_adapter
+from nuteprune.export.beside import check_reading, run_beside
 from nuteprune.export.hf import Equality, check_equal, compact_config, compact_shapes, is_stock, stock_config, write_folder
-from nuteprune.export.options import PLAIN, SHARD, ExportOptions, parse_size
+from nuteprune.export.options import K_TYPES, PLAIN, SHARD, ExportOptions, parse_size
 from nuteprune.files import atomic_file, atomic_folder, save_text, unwritable_parent
 from nuteprune.job import BLOCKS, COMPARED, check_model, pick_save_dtype
 from nuteprune.masking import LoraOptions, MaskedModel
@@ -40,12 +41,6 @@ from nuteprune.snapshots import FINAL, Run, Stored
 from nuteprune.teachers import Snapshot
 
 LOOKED_AT = 64  # tokens on which a GGUF file is compared by llama.cpp
-WRONG = 0.05  # logit difference of a float32 file that rounding cannot make
-TEXTS = (
-    "The 12345 cats' naïve café—it's 3.14159!",
-    "\tdef f(x):\n    return x ** 2  # 二乗 😀\n\n\n",
-    "  I'VE we'll 1,000,000",
-)
 
 
 @dataclass(frozen=True)
@@ -215,14 +210,14 @@ class _Export:
 
     def _uniform(self, left: Counts) -> tuple[Counts, tuple[str, ...]]:
         """Widths of a stock class that can hold what is left, and what they cost."""
-        widths = left if left.uniform else llamacpp.widest(left)
+        widths = left if left.uniform else left.widest
         if stock_config(self.dense, self.arch, widths) is None:
             raise ExportError(
                 f"no stock class of the {self.arch.spec.model_type} family takes these widths (hidden size {widths.hidden}); "
                 "write --format hf, or prune with --uniform and other roundings."
             )
         more = _elements(self.arch, widths) - _elements(self.arch, left)
-        if not llamacpp.saves(self.arch, widths) and more:
+        if widths.is_dense(self.arch.dims) and more:
             raise ExportError(
                 "the layers of this model differ so much that a stock class, which has one width for all, would be as large as "
                 "the dense model; prune with --uniform, or write --format hf."
@@ -335,7 +330,7 @@ class _Export:
         return compact_shapes(self.arch, plan.counts)
 
     def _write_gguf(self, plan: _Plan, masked: MaskedModel, text: Tensor) -> Exported:
-        from nuteprune.export.gguf import unquantised, write_gguf
+        from nuteprune.export.gguf import other_types, write_gguf
 
         assert plan.architecture is not None
         outtype, equality = self.options.outtype or "f16", self._compared(plan, masked, text)
@@ -363,44 +358,32 @@ class _Export:
                     f"llama.cpp's package is not installed, so the gguf package quantised all weights to {outtype} alike; "
                     "llama.cpp keeps the head in a better type (pip install 'nuteprune[gguf]')"
                 )
-            if left := unquantised(temporary, outtype):
+            if left := other_types(temporary, outtype):
                 notes.append(_rows_note(left, outtype))
             if llama_program.installed():
-                notes.append(self._looked_at(temporary, plan, masked, text, outtype))
+                notes.append(self._looked_at(temporary, floats if by_llama else None, plan, masked, text, outtype))
             size = temporary.stat().st_size
         sparsity = BlockSize.of(self.arch).sparsity(plan.masks)
         return Exported(plan.path, plan.stored, sparsity, _elements(self.arch, plan.counts), size, equality, tuple(notes))
 
-    def _looked_at(self, path: Path, plan: _Plan, masked: MaskedModel, text: Tensor, outtype: str) -> str:
-        """Runs a GGUF file in llama.cpp and says how near its logits are to the masked model's.
+    def _looked_at(self, path: Path, floats: Path | None, plan: _Plan, masked: MaskedModel, text: Tensor, outtype: str) -> str:
+        """Runs a file in llama.cpp, and the float32 file that it was quantised from, if it was; says how near it is.
 
         Raises:
-            ExportError: llama.cpp does not run it, or a float32 file computes something else, or text is tokenised otherwise.
+            ExportError: see `beside.run_beside` and `beside.check_reading`.
         """
-        ids = text[0, :LOOKED_AT].tolist()
+        from nuteprune.export.gguf_tokenizer import is_pieces
+
+        ids = text.flatten()[:LOOKED_AT].tolist()
         with self.reporter.counter("llama.cpp runs the file"):
-            found = torch.from_numpy(llama_program.logits(path, ids))
-        with masked.computing_in(torch.float32):
-            masked.set_masks(plan.masks)
-            wanted = masked.logits(torch.tensor([ids], device=masked.device))[0].float().cpu()
-        largest = float((found - wanted).abs().max())
-        if outtype == "f32" and not largest <= WRONG:
-            raise ExportError(
-                f"llama.cpp computes other logits from this file, by up to {largest:.2e}; nothing was written. Please report "
-                "this with the run's config.yaml."
-            )
-        same = 100 * float((found.argmax(-1) == wanted.argmax(-1)).float().mean())
-        if self.source.gguf_file is None:
-            mine = [list(self.tokenizer(t)["input_ids"]) for t in TEXTS]
-            if (theirs := llama_program.tokenised(path, TEXTS)) != mine:
-                wrong = next(t for t, a, b in zip(TEXTS, mine, theirs, strict=True) if a != b)
-                raise ExportError(
-                    f"llama.cpp's tokenizer reads {wrong!r} otherwise than the model's; nothing was written. Give another "
-                    "--tokenizer-pre."
-                )
+            if self.source.gguf_file is None:  # else the tokenizer was copied
+                check_reading(path, self.tokenizer, is_pieces(self.fields))
+            if floats is not None:
+                run_beside(floats, masked, plan.masks, ids, "f32")
+            largest, same = run_beside(path, masked, plan.masks, ids, outtype)
         return (
             f"llama.cpp's logits differ from the masked model's by up to {largest:.2e} over {len(ids)} tokens; the likeliest "
-            f"token is the same after {same:.0f} % of them"
+            f"token is the same after {100 * same:.0f} % of them"
         )
 
     def _write_adapter(self, plan: _Plan) -> Exported:
@@ -438,9 +421,9 @@ def _rows_note(left: list[Any], outtype: str) -> str:
     rows, types = sorted({u.row for u in left}), sorted({u.type for u in left})
     names = ", ".join(u.name for u in left[:4]) + (", ..." if len(left) > 4 else "")
     return (
-        f"{len(left)} weights are {', '.join(types)}, because their rows (of {', '.join(map(str, rows))}) do not divide into "
-        f"the blocks of {outtype}: {names}. Prune with --round-hidden and --round-intermediate in multiples of 32 (256 for "
-        "types with a k)"
+        f"{len(left)} weights are {', '.join(types)} instead: their rows (of {', '.join(map(str, rows))}) do not divide "
+        f"into the blocks of {outtype}: {names}. Rows have the hidden size, the intermediate size, or heads x head_dim; "
+        f"--round-hidden, --round-intermediate and --round-heads in multiples of {256 if outtype in K_TYPES else 32} avoid it"
     )
 
 

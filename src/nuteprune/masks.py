@@ -39,6 +39,22 @@ class Counts:
         left = {(self.groups[i], self.queries[i], self.intermediate[i]) for i in self.layers}
         return len(left) == 1 and all(n > 0 for n in next(iter(left)))
 
+    @property
+    def widest(self) -> Counts:
+        """All layers that are left as wide as the widest of them, block by block."""
+        kept = set(self.layers)
+
+        def level(each: tuple[int, ...]) -> tuple[int, ...]:
+            most = max(each[i] for i in kept)
+            return tuple(most if i in kept else 0 for i in range(len(each)))
+
+        return Counts(level(self.groups), level(self.queries), level(self.intermediate), self.hidden)
+
+    def is_dense(self, dims: Dims) -> bool:
+        """Whether these are the widths of the whole model."""
+        here = set(zip(self.groups, self.queries, self.intermediate, strict=True))
+        return here == {(dims.groups, dims.queries, dims.intermediate)} and self.hidden == dims.hidden
+
 
 @dataclass(frozen=True)
 class Masks:

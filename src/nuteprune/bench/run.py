@@ -161,7 +161,7 @@ class Bench:
         }
 
 
-def bench(a: str, b: str, options: BenchOptions | None = None, reporter: Reporter | None = None) -> Bench:
+def run_bench(a: str, b: str, options: BenchOptions | None = None, reporter: Reporter | None = None) -> Bench:
     """Measures two models side by side, each in a process of its own, in rounds in which they take turns.
 
     Args:
@@ -176,8 +176,8 @@ def bench(a: str, b: str, options: BenchOptions | None = None, reporter: Reporte
     """
     options, reporter = options or BenchOptions(), reporter or Reporter()
     options.check()
-    sizes = [_check(model, options) for model in (a, b)]
     device = pick_device(options.device)
+    sizes = [_check(model, options) for model in (a, b)]
     load = Load(options.prompt_tokens, options.new_tokens, options.threads, str(device), options.dtype)
     abouts: list[About] = []
     rounds: list[list[Round]] = [[], []]

@@ -22,21 +22,21 @@ from nuteprune.compact import Compactor
 from nuteprune.errors import ExportError
 from nuteprune.export.gguf_tokenizer import Field
 from nuteprune.export.hf import Progress, compact_config, compact_shapes, counted
-from nuteprune.export.llamacpp import Architecture, context
+from nuteprune.export.llamacpp import QKV, Architecture, context
+from nuteprune.export.options import PLAIN, QUANTISED, WITHOUT_LLAMA
 
-# Types written here; quantised ones without llama.cpp, by the gguf package, in the plainest way.
+# Types written here; the quantised ones by the gguf package, all weights alike.
 TYPES = {
-    "f32": (gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),
-    "f16": (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
-    "bf16": (gguf.GGMLQuantizationType.BF16, gguf.LlamaFileType.MOSTLY_BF16),
-    "q8_0": (gguf.GGMLQuantizationType.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
-    "q4_0": (gguf.GGMLQuantizationType.Q4_0, gguf.LlamaFileType.MOSTLY_Q4_0),
+    name: (
+        gguf.GGMLQuantizationType[name.upper()],
+        gguf.LlamaFileType[f"{'ALL' if name == 'f32' else 'MOSTLY'}_{name.upper()}"],
+    )
+    for name in (*PLAIN, *WITHOUT_LLAMA)
 }
-_SWAPPED = ("q_proj", "k_proj")
 
 
 @dataclass(frozen=True)
-class Unquantised:
+class OtherType:
     """A weight of a quantised file that has another type than was asked for.
 
     Attributes:
@@ -104,7 +104,8 @@ def write_gguf(
         writer.write_ti_data_to_file()
         made = _with_factors(_converted(compactor.tensors(), arch, architecture, len(counts.layers)), config)
         for (stored, into), (found, tensor) in zip(wanted, counted(made, len(wanted), progress), strict=True):
-            assert stored == found, f"tensor {found} came where {stored} was due"
+            if stored != found:
+                raise ExportError(f"tensor {found} came where {stored} was due; nothing was written. Please report this.")
             writer.write_tensor_data(gguf.quants.quantize(tensor.float().cpu().numpy(), into))
     finally:
         writer.close()
@@ -118,6 +119,7 @@ def _type_of(tensor: Tensor, kind: gguf.GGMLQuantizationType) -> gguf.GGMLQuanti
 
 
 def _add_widths(writer: gguf.GGUFWriter, compactor: Compactor, config: PretrainedConfig, architecture: Architecture) -> None:
+    """Writes widths, as lists where the architecture reads them layer by layer, and the norms' eps, which goes with them."""
     counts, dims = compactor.counts, compactor.arch.dims
     columns = {
         writer.add_head_count: [counts.groups[i] * counts.queries[i] for i in counts.layers],
@@ -136,6 +138,7 @@ def _add_widths(writer: gguf.GGUFWriter, compactor: Compactor, config: Pretraine
 
 
 def _add_rope(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
+    """Writes the rotary embedding, but for Llama 3's factors, which are a tensor."""
     every = config.rope_parameters
     rope = every.get("full_attention", every)
     writer.add_rope_freq_base(rope["rope_theta"])
@@ -149,7 +152,7 @@ def _add_rope(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
 
 
 def _with_factors(tensors: Iterator[tuple[str, Tensor]], config: PretrainedConfig) -> Iterator[tuple[str, Tensor]]:
-    """The tensors, and what Llama 3 divides each rotary frequency by."""
+    """The tensors, and what Llama 3 divides each rotary frequency by, [head_dim / 2]."""
     yield from tensors
     rope: dict[str, Any] = config.rope_parameters
     if rope.get("rope_type") == "llama3":
@@ -161,19 +164,24 @@ def _with_factors(tensors: Iterator[tuple[str, Tensor]], config: PretrainedConfi
 def _converted(
     tensors: Iterable[tuple[str, Tensor]], arch: Arch, architecture: Architecture, layers: int
 ) -> Iterator[tuple[str, Tensor]]:
-    """Tensors of a compact model as the file holds them; shapes on the meta device come out as shapes."""
+    """Names and tensors of a compact model as the file holds them; shapes on the meta device come out as shapes.
+
+    Rows of q and k [heads x head_dim, hidden] are reordered, q, k and v are put one below the other, norms get their offset;
+    all as the architecture wants it.
+    """
     number = {known: e for e, known in gguf.MODEL_ARCH_NAMES.items()}[architecture.name]
     names = gguf.get_tensor_name_map(number, layers)
     parts: list[Tensor] = []  # q, k and v on the way to becoming one
     for name, tensor in tensors:
         path, _, parameter = name.rpartition(".")
         module = path.rpartition(".")[2]
-        if architecture.interleaved and module in _SWAPPED:
+        if architecture.interleaved and module in QKV[:2]:
             tensor = _interleaved(tensor, arch.dims.head_dim)
-        tensor = tensor + _offset(arch, path) if _offset(arch, path) else tensor
-        if architecture.fused and module in ("q_proj", "k_proj", "v_proj"):
+        if offset := _offset(arch, path):
+            tensor = tensor + offset
+        if architecture.fused and module in QKV:
             parts.append(tensor)
-            if len(parts) < 3:
+            if len(parts) < len(QKV):
                 continue
             tensor, parts, path = torch.cat(parts), [], path.removesuffix(module) + "qkv_proj"
         stored = names.get_name(path)
@@ -191,25 +199,23 @@ def _offset(arch: Arch, path: str) -> float:
 
 
 def _interleaved(tensor: Tensor, head_dim: int) -> Tensor:
-    """Rows of each head in the order first, first of the second half, second, ..."""
+    """A weight [heads x head_dim, ...] with the rows of each head in the order first, first of the second half, second, ..."""
     halves = tensor.reshape(-1, 2, head_dim // 2, *tensor.shape[1:])
     return halves.transpose(1, 2).reshape(tensor.shape)
 
 
-def unquantised(path: Path, outtype: str) -> list[Unquantised]:
-    """Weights of a quantised file that could not get the type asked for, because their rows do not divide into blocks.
+def other_types(path: Path, outtype: str) -> list[OtherType]:
+    """Weights of a quantised file that could not get the type asked for, because their rows do not divide into its blocks.
 
-    A file of llama.cpp's has better types than asked for in places, the head's for one; these are not counted.
+    They stay in half precision, or get a type with smaller blocks. A file of llama.cpp's has better types than asked for in
+    places, the head's for one; these are not counted.
     """
-    if outtype in ("f32", "f16", "bf16"):
+    if outtype in PLAIN:
         return []
-    wanted = gguf.GGMLQuantizationType[_BLOCKS[outtype]]
+    wanted = gguf.GGMLQuantizationType[QUANTISED[outtype]]
     found = []
     for tensor in gguf.GGUFReader(path).tensors:
         row = int(tensor.shape[0])
         if len(tensor.shape) > 1 and row % gguf.GGML_QUANT_SIZES[wanted][0] and tensor.tensor_type != wanted:
-            found.append(Unquantised(tensor.name, row, tensor.tensor_type.name))
+            found.append(OtherType(tensor.name, row, tensor.tensor_type.name))
     return found
-
-
-_BLOCKS = {"q8_0": "Q8_0", "q4_0": "Q4_0", "q4_k_m": "Q4_K", "q5_k_m": "Q5_K", "q6_k": "Q6_K"}

@@ -15,7 +15,8 @@ from typing import Any
 import gguf
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from nuteprune.errors import ExportError
+from nuteprune.errors import ConfigError, ExportError
+from nuteprune.export.llamacpp import CONVERTER
 from nuteprune.models import Source
 
 # How text is split before BPE: llama.cpp's name -> patterns in tokenizer.json, and whether whole words skip the merges.
@@ -66,32 +67,33 @@ def tokenizer_fields(
         split: llama.cpp's name of the way to split text before byte-level BPE, for a tokenizer that is not recognised.
 
     Raises:
+        ConfigError: `split` for a tokenizer that has no use for it.
         ExportError: llama.cpp has no such tokenizer, or none is recognised.
     """
     if source.gguf_file is not None:
+        if split is not None:
+            raise _unused_split(source.name, "is copied from its GGUF file")
         reader = gguf.GGUFReader(Path(source.where) / source.gguf_file)
         return [
             Field(f.name, f.contents(), f.types[0], f.types[-1] if len(f.types) > 1 else None)
             for f in reader.fields.values()
             if f.name.startswith("tokenizer.")
         ]
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        raise ExportError(
-            f"the tokenizer of {source.name} is a {type(tokenizer).__name__}, not a fast one; a GGUF file needs it."
-        )
-    writer = gguf.GGUFWriter(None, "llama")
-    found = json.loads(backend.to_str())
-    model = found["model"]
-    if model.get("type") != "BPE":
-        raise ExportError(f"the tokenizer of {source.name} is {model.get('type')}; llama.cpp export knows BPE.")
+    found = _backend(tokenizer, source.name)
     tokens, kinds = _tokens(tokenizer, config.vocab_size)
-    if model.get("byte_fallback"):
+    writer = gguf.GGUFWriter(None, "llama")
+    pieces = bool(found["model"].get("byte_fallback"))
+    if pieces:
+        if split is not None:
+            raise _unused_split(source.name, "is sentencepiece's kind, which splits no text")
+        _check_pieces(found, set(tokenizer.get_added_vocab()), source.name)
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre("default")
-        writer.add_token_scores(_scores(tokens, kinds, model["merges"]))
+        kinds = [_piece_kind(t, k) for t, k in zip(tokens, kinds, strict=True)]
+        writer.add_token_scores(_scores(tokens, kinds, found["model"]["merges"]))
         writer.add_add_space_prefix(_adds_space(found))
-        kinds = [_byte_kind(t, k) for t, k in zip(tokens, kinds, strict=True)]
+        own = gguf.TokenType.USER_DEFINED  # whose text llama.cpp takes as it is
+        tokens = [t.replace(_SPACE, " ") if k == own else t for t, k in zip(tokens, kinds, strict=True)]
     else:
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(split or _split(found, source.name))
@@ -100,15 +102,63 @@ def tokenizer_fields(
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         config.to_json_file(Path(folder) / "config.json")
-        special = gguf.SpecialVocab(folder, load_merges=not model.get("byte_fallback"), n_vocab=len(tokens))
-        special.add_to_gguf(writer, quiet=True)
-    for name, kind in (("bos", "add_bos"), ("eos", "add_eos")):  # what the tokenizer does, not what its files say
+        gguf.SpecialVocab(folder, load_merges=not pieces, n_vocab=len(tokens)).add_to_gguf(writer, quiet=True)
+    encoded = list(tokenizer("a")["input_ids"])
+    for name, place in (("bos", slice(None, 1)), ("eos", slice(-1, None))):  # what it does, not what its files say
         token = getattr(tokenizer, f"{name}_token_id")
-        encoded = tokenizer("a")["input_ids"]
-        key = getattr(gguf.Keys.Tokenizer, kind.upper())
-        writer.add_bool(key, token is not None and encoded[0 if name == "bos" else -1] == token)
+        added = token is not None and encoded[place] == [token]
+        writer.add_bool(getattr(gguf.Keys.Tokenizer, f"ADD_{name.upper()}"), added)
     values = writer.kv_data[0]
     return [Field(k, v.value, v.type, v.sub_type) for k, v in values.items() if k.startswith("tokenizer.")]
+
+
+def is_pieces(fields: list[Field]) -> bool:
+    """Whether the fields are those of a tokenizer of sentencepiece's kind."""
+    return any(f.key == gguf.Keys.Tokenizer.MODEL and f.value == "llama" for f in fields)
+
+
+def _unused_split(name: str, why: str) -> ConfigError:
+    return ConfigError(f"--tokenizer-pre is for byte-level tokenizers; that of {name} {why}. Leave it out.")
+
+
+def _backend(tokenizer: PreTrainedTokenizerBase, name: str) -> dict[str, Any]:
+    """The tokenizer as its tokenizer.json says it.
+
+    Raises:
+        ExportError: it has none, or is not BPE.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ExportError(f"the tokenizer of {name} is a {type(tokenizer).__name__}, which has no tokenizer.json; {CONVERTER}.")
+    found: dict[str, Any] = json.loads(backend.to_str())
+    if (kind := found["model"].get("type")) != "BPE":
+        raise ExportError(f"the tokenizer of {name} is {kind}; GGUF files are written for BPE. Otherwise {CONVERTER}.")
+    return found
+
+
+def _check_pieces(found: dict[str, Any], added: set[str], name: str) -> None:
+    """Refuses what sentencepiece's BPE, and so llama.cpp, does not do.
+
+    Raises:
+        ExportError: text is changed or split in other ways, or merges are missing: llama.cpp joins any two neighbours
+            whose join is a token.
+    """
+    plain = ({"Prepend", "Replace", "Metaspace", "Split"}, {_SPACE, " "})
+    for step in _steps(found, "normalizer", "normalizers") + _steps(found, "pre_tokenizer", "pretokenizers"):
+        texts = {str(step.get(key)) for key in ("prepend", "content", "replacement") if key in step}
+        texts |= {str(t) for t in step.get("pattern", {}).values()}
+        splits = step.get("type") == "Metaspace" and step.get("split", True)
+        if step.get("type") not in plain[0] or not texts <= plain[1] or splits:
+            raise ExportError(f"the tokenizer of {name} has a step {step.get('type')} that llama.cpp does not do; {CONVERTER}.")
+    vocab = {t for t in found["model"]["vocab"] if t not in added and not _is_byte(t)}
+    pairs = {tuple(m.split(" ") if isinstance(m, str) else m) for m in found["model"]["merges"]}
+    for token in vocab:
+        for place in range(1, len(token)):
+            pair = (token[:place], token[place:])
+            if pair[0] in vocab and pair[1] in vocab and pair not in pairs:
+                raise ExportError(
+                    f"the tokenizer of {name} does not join {pair[0]!r} and {pair[1]!r}, which llama.cpp would; {CONVERTER}."
+                )
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, vocab: int) -> tuple[list[str], list[int]]:
@@ -125,24 +175,29 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, vocab: int) -> tuple[list[str], 
 
 
 def _scores(tokens: list[str], kinds: list[int], merges: list[Any]) -> list[float]:
-    """Scores by which sentencepiece's BPE merges in the order of the list: the earlier, the higher."""
+    """Scores, one a token, by which sentencepiece's BPE merges in the order of the list: the earlier, the higher."""
     rank: dict[str, int] = {}
     for number, merge in enumerate(merges):
         left, right = merge.split(" ") if isinstance(merge, str) else merge
         rank.setdefault(left + right, number)
     last = float(len(merges))
-    return [
-        -float(rank.get(token, last)) if kind == gguf.TokenType.NORMAL else 0.0
-        for token, kind in zip(tokens, kinds, strict=True)
-    ]
+    normal = int(gguf.TokenType.NORMAL)
+    return [-float(rank.get(t, last)) if k == normal else _NO_SCORE for t, k in zip(tokens, kinds, strict=True)]
 
 
-def _byte_kind(token: str, kind: int) -> int:
+_NO_SCORE = -1e9  # of a token that no merge may make
+
+
+def _piece_kind(token: str, kind: int) -> int:
     """Kind of a token of sentencepiece, whose bytes and unknown token are kinds of their own."""
     if token == "<unk>":
         return int(gguf.TokenType.UNKNOWN)
-    is_byte = len(token) == 6 and token.startswith("<0x") and token.endswith(">")
-    return int(gguf.TokenType.BYTE) if is_byte and kind == gguf.TokenType.NORMAL else kind
+    return int(gguf.TokenType.BYTE) if _is_byte(token) and kind == gguf.TokenType.NORMAL else kind
+
+
+def _is_byte(token: str) -> bool:
+    """Whether a token stands for a byte, such as <0x0A>."""
+    return len(token) == 6 and token.startswith("<0x") and token.endswith(">")
 
 
 def _adds_space(found: dict[str, Any]) -> bool:
@@ -152,26 +207,40 @@ def _adds_space(found: dict[str, Any]) -> bool:
 
 
 def _split(found: dict[str, Any], name: str) -> str:
-    """llama.cpp's name of the way in which a byte-level tokenizer splits text."""
-    outer = found.get("pre_tokenizer") or {}
-    steps = tuple(_step(step) for step in outer.get("pretokenizers", [outer]))
+    """llama.cpp's name of the way in which a byte-level tokenizer splits text.
+
+    Raises:
+        ExportError: there is none that is known here.
+    """
+    steps = tuple(_step(step) for step in _steps(found, "pre_tokenizer", "pretokenizers"))
+    changes = [str(step.get("type")) for step in _steps(found, "normalizer", "normalizers")]
     whole = bool(found["model"].get("ignore_merges"))
-    for known, (wanted, skips) in SPLITS.items():
-        if steps == wanted and (whole == skips or known in ("smollm", "gpt-2")):
-            return known
+    if changes in ([], ["NFC"]):  # llama.cpp leaves decomposed letters as they are
+        for known, wanted in SPLITS.items():
+            if (steps, whole) == wanted:
+                return known
     raise ExportError(
-        f"the tokenizer of {name} splits text in a way ({', '.join(steps)}) that is not among those known here "
-        f"({', '.join(SPLITS)}); give llama.cpp's name for it with --tokenizer-pre."
+        f"the tokenizer of {name} prepares text in a way ({', '.join([*changes, *steps])}{', whole words first' * whole}) that "
+        f"is not among those known here ({', '.join(SPLITS)}); give llama.cpp's name for it with --tokenizer-pre."
     )
+
+
+def _steps(found: dict[str, Any], key: str, inner: str) -> list[dict[str, Any]]:
+    """The steps of a normalizer or pre-tokenizer, one or several."""
+    outer = found.get(key)
+    return list(outer.get(inner, [outer])) if outer else []
 
 
 def _step(step: dict[str, Any]) -> str:
     """A step of splitting in short."""
     kind = step.get("type")
     if kind == "Split":
-        return str(step["pattern"].get("Regex", step["pattern"].get("String")))
+        text = str(step["pattern"].get("Regex", step["pattern"].get("String")))
+        plain = step.get("behavior") == "Isolated" and not step.get("invert")
+        return text if plain else f"{step.get('behavior')} {text}"
     if kind == "Digits":
         return "digits" if step.get("individual_digits") else "numbers"
     if kind == "ByteLevel":
-        return "bytes, words" if step.get("use_regex", True) else "bytes"
+        front = "a space in front, " if step.get("add_prefix_space") else ""
+        return front + ("bytes, words" if step.get("use_regex", True) else "bytes")
     return str(kind)

@@ -37,11 +37,11 @@ def quantise(source: Path, target: Path, outtype: str) -> None:
         ExportError: llama.cpp could not.
     """
     try:
-        code, _ = in_fresh_process(_quantise, str(source), str(target), outtype)
+        code, said = in_fresh_process(_quantise, str(source), str(target), outtype)[0]
     except MeasurementError as error:
         raise ExportError(f"llama.cpp ended while it quantised to {outtype}; its own messages stand above.") from error
     if code != 0:
-        raise ExportError(f"llama.cpp could not quantise to {outtype} (code {code}).")
+        raise ExportError(f"llama.cpp could not quantise to {outtype}: {said or f'code {code}'}. Try --outtype f16 or q8_0.")
 
 
 def logits(path: Path, ids: Sequence[int], threads: int | None = None) -> np.ndarray[Any, Any]:
@@ -170,10 +170,12 @@ def _tokenised(path: str, texts: list[str]) -> list[list[int]]:
     return [model.tokenize(text.encode(), add_bos=True, special=False) for text in texts]
 
 
-def _quantise(source: str, target: str, outtype: str) -> int:
+def _quantise(source: str, target: str, outtype: str) -> tuple[int, str]:
+    """llama.cpp's code, 0 for success, and what it said was wrong."""
     import llama_cpp
 
     _listen()
     parameters = llama_cpp.llama_model_quantize_default_params()
     parameters.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{outtype.upper()}")
-    return int(llama_cpp.llama_model_quantize(source.encode(), target.encode(), ctypes.byref(parameters)))
+    code = llama_cpp.llama_model_quantize(source.encode(), target.encode(), ctypes.byref(parameters))
+    return int(code), " ".join(_errors[-2:])

@@ -12,9 +12,12 @@ from nuteprune.export import llama_program
 from nuteprune.models import DTYPES
 
 FORMATS = ("hf", "hf-uniform", "gguf", "adapter")
-OUTTYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_k_m", "q5_k_m", "q6_k")
 PLAIN = ("f32", "f16", "bf16")
-_ONLY_LLAMA = ("q4_k_m", "q5_k_m", "q6_k")  # types that the gguf package does not write
+# Quantised types: ggml's name of what most weights get.
+QUANTISED = {"q8_0": "Q8_0", "q4_0": "Q4_0", "q4_k_m": "Q4_K", "q5_k_m": "Q5_K", "q6_k": "Q6_K"}
+K_TYPES = ("q4_k_m", "q5_k_m", "q6_k")  # those in blocks of 256
+WITHOUT_LLAMA = ("q8_0", "q4_0")  # quantised types that the gguf package writes too
+OUTTYPES = (*PLAIN, *QUANTISED)
 SHARD = "5GB"
 
 
@@ -66,10 +69,10 @@ class ExportOptions:
             raise ConfigError(f"--outtype got {self.outtype!r}; allowed are {', '.join(OUTTYPES)}.")
         if self.dtype is not None and self.dtype not in ("auto", *DTYPES):
             raise ConfigError(f"--dtype got {self.dtype!r}; allowed are auto, {', '.join(DTYPES)}.")
-        if self.outtype in _ONLY_LLAMA and not llama_program.installed():
+        if self.outtype in set(QUANTISED) - set(WITHOUT_LLAMA) and not llama_program.installed():
             raise ConfigError(
                 f"--outtype {self.outtype} is made by llama.cpp, whose package is not installed; run: "
-                "pip install 'nuteprune[gguf]'. Without it there are f32, f16, bf16, q8_0 and q4_0."
+                f"pip install 'nuteprune[gguf]'. Without it there are {', '.join((*PLAIN, *WITHOUT_LLAMA))}."
             )
         if self.format == "gguf" and importlib.util.find_spec("gguf") is None:
             raise ConfigError(
