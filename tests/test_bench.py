@@ -47,8 +47,8 @@ def test_ratios_are_of_rounds_and_medians_of_values() -> None:
     assert (first.a, first.b) == (2100.0, 5100.0)
     assert first.ratio == pytest.approx(4.1 / 8.1)
     header, body = found.table()
-    assert header == ("", "m.gguf", "n.gguf", "ratio")
-    assert body[3] == ("prompt of 100, tokens/s", "50.00", "20.00", "x 2.000 (2.000 to 2.500)")
+    assert header == ("", "A", "B", "A / B", "rounds")
+    assert body[3] == ("prompt of 100, tokens/s", "50.00", "20.00", "x 2.000", "2.000 to 2.500")
     assert json.loads(json.dumps(found.to_dict()))["rows"][0]["ratio"] == 0.5
 
 
@@ -82,7 +82,7 @@ def test_two_models_in_turns(
 
 def test_a_prompt_goes_on_as_the_model_generates(model_folder: Path) -> None:
     """What is timed is the real thing: the greedy continuation, with cache."""
-    measured = TransformersSide(str(model_folder), Load(10, 6, None, "cpu", "float32"))
+    measured = TransformersSide(str(model_folder), Load(10, 6, 1, "cpu", "float32"))
     ids = list(range(5, 15))
     found = [measured.first(ids)]
     for _ in range(5):

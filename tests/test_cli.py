@@ -339,6 +339,37 @@ def test_recipes_and_yaml_round_trip() -> None:
     assert PruneConfig(batch_size=4, seq_len=256, tokens=150_000).total_steps == 147
 
 
+def test_export_says_what_it_wrote(
+    call: Any, tmp_path: Path, model_folder: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, _, err = call("prune", *_args(tmp_path, model_folder, text_file, teacher_lag="1", round_intermediate="1"))
+    assert code == 0, err
+    run = str(tmp_path / "run")
+    code, out, err = call("export", run, "--sparsity", "0.05,0.2", "--device", "cpu", "--quiet")
+    assert code == 0, err
+    lines = out.splitlines()
+    assert len(lines) == 2
+    assert re.fullmatch(r".*/export/sparsity-20-hf: 2\d\.\d\d % of the blocks removed, [\d,]+ parameters, 0\.\d MB", lines[1])
+    assert (tmp_path / "run/export/sparsity-20-hf/model.safetensors").is_file()
+    for arguments, text in (
+        (("--sparsity", "a quarter"), "--sparsity got 'a quarter'; give shares such as 0.25"),
+        (("--format", "exe"), "--format got 'exe'; allowed are hf, hf-uniform, gguf, adapter."),
+        (("--out", str(model_folder)), "is the run, the base model or the current folder"),
+    ):
+        code, out, err = call("export", run, *arguments)
+        assert (code, out) == (2, "")
+        assert text in err
+    from nuteprune import exporting
+
+    def stop(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(exporting, "check_equal", stop)
+    code, out, err = call("export", run, "--device", "cpu")
+    assert (code, out) == (130, "")
+    assert "stopped; what was not written whole is not there, and older exports are as they were" in err
+
+
 def test_a_run_s_options_serve_another_shape(tmp_path: Path, model_folder: Path) -> None:
     """Its config.yaml holds what its own shape decided, which yields."""
     decided = {"sparsity": 1 / 3, "prune": ("layers",), "uniform": True}

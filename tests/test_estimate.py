@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import tempfile
 from collections import Counter
@@ -26,7 +27,7 @@ from nuteprune.estimation.timetable import Point, rehearsal_steps, timetable
 from nuteprune.job import prune
 from nuteprune.masking import LoraOptions, MaskedModel
 from nuteprune.masks import Masks
-from nuteprune.measuring import in_fresh_process
+from nuteprune.measuring import FreshProcess, in_fresh_process
 from nuteprune.options import COST_OPTIONS
 from nuteprune.progress import Reporter, read_metrics
 
@@ -115,11 +116,18 @@ def test_a_fresh_process_hands_over_progress_and_errors() -> None:
         in_fresh_process(wrong)
     with pytest.raises(ValueError, match="top level"):
         in_fresh_process(lambda: 1)
+    with FreshProcess() as process:  # one process for several calls
+        pid = process.call(os.getpid)[0]
+        assert process.call(os.getpid)[0] == pid != os.getpid()
+        with pytest.raises(MeasurementError, match="killed"):
+            process.call(die)
+        with pytest.raises(MeasurementError, match="killed"):
+            process.call(os.getpid)
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
 
 
 def test_ctrl_c_ends_the_child() -> None:
-    import os
-
     child: list[int] = []
 
     def stop(done: int, total: int) -> None:

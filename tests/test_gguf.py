@@ -27,6 +27,7 @@ from nuteprune.export.gguf import other_types, write_gguf
 from nuteprune.export.gguf_tokenizer import SPLITS, tokenizer_fields
 from nuteprune.export.hf import compact_shapes
 from nuteprune.export.llamacpp import ARCHITECTURES, CONVERTER, choose, context
+from nuteprune.export.provenance import may_replace
 from nuteprune.masking import MaskedModel
 from nuteprune.masks import Counts, Masks
 from nuteprune.models import Source
@@ -382,6 +383,7 @@ def test_export_writes_the_accounting_s_elements(run: Path, tmp_path: Path) -> N
     options = ExportOptions(format="gguf", outtype="f32", sparsity=(0.0, 0.1, 0.2), out=tmp_path, device="cpu")
     written = export_run(run, options, QUIET)
     assert [w.path.name for w in written] == [f"sparsity-{n}-f32.gguf" for n in (0, 10, 20)]
+    assert all(may_replace(w.path) for w in written)  # they know their own
     names = []
     for each in written:
         values, tensors = contents(each.path)

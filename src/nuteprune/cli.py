@@ -149,6 +149,8 @@ def export_command(
         print("stopped; what was not written whole is not there, and older exports are as they were", file=sys.stderr)
         raise typer.Exit(130) from None
     for each in written:
+        for note in each.notes if quiet else ():  # else the reporter has said them
+            print(f"note: {note}", file=sys.stderr)
         print(
             f"{each.path}: {100 * each.sparsity:.2f} % of the blocks removed, {each.parameters:,} parameters, "
             f"{each.file_bytes / 1e6:.1f} MB"

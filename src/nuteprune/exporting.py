@@ -6,7 +6,6 @@ it was trained as before its file takes the place of an older one.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
@@ -22,23 +22,25 @@ from nuteprune.arch import Arch
 from nuteprune.compact import Compactor, checked_counts
 from nuteprune.config import PruneConfig
 from nuteprune.data import Blocks
-from nuteprune.errors import ConfigError, ExportError
+from nuteprune.errors import ConfigError, ExportError, reason
 from nuteprune.export import llama_program, llamacpp
-from nuteprune.export.adapter import is_adapter, read_adapter, write_adapter
+from nuteprune.export.adapter import adapter_options, is_adapter, write_adapter
 from nuteprune.export.beside import check_reading, run_beside
-from nuteprune.export.hf import Equality, check_equal, compact_config, compact_shapes, is_stock, stock_config, write_folder
+from nuteprune.export.hf import Equality, check_equal, compact_shapes, stock_config, write_folder
 from nuteprune.export.options import K_TYPES, PLAIN, SHARD, ExportOptions, parse_size
+from nuteprune.export.provenance import may_replace, write_provenance
 from nuteprune.files import atomic_file, atomic_folder, save_text, unwritable_parent
-from nuteprune.job import BLOCKS, COMPARED, check_model, pick_save_dtype
+from nuteprune.job import BLOCKS, check_model, compared_text, pick_save_dtype
 from nuteprune.masking import LoraOptions, MaskedModel
 from nuteprune.masks import Counts, Masks
-from nuteprune.models import Source, pick_device, pick_dtype
+from nuteprune.models import Source, pick_device, run_dtype
+from nuteprune.passage import PASSAGE
 from nuteprune.progress import Reporter
 from nuteprune.report.card import model_card
-from nuteprune.report.facts import CONFIG, Figures, RunFacts
-from nuteprune.size import BlockSize
-from nuteprune.snapshots import FINAL, Run, Stored
-from nuteprune.teachers import Snapshot
+from nuteprune.report.exported import exported_facts
+from nuteprune.report.facts import CONFIG, RunFacts
+from nuteprune.snapshots import SAME, Run, Stored
+from nuteprune.teachers import INTACT
 
 LOOKED_AT = 64  # tokens on which a GGUF file is compared by llama.cpp
 
@@ -83,8 +85,13 @@ def export_run(run: str | Path, options: ExportOptions | None = None, reporter: 
     """
     options, reporter = options or ExportOptions(), reporter or Reporter()
     options.check()
-    job = _Export.check(Path(run), options, reporter)
-    return job.write_all()
+    try:
+        return _checked(Path(run), options, reporter).write_all()
+    except (OSError, SafetensorError) as error:
+        where = options.out or Path(run) / "export"
+        raise ExportError(f"--out {where} cannot be written: {reason(error)}; older exports are as they were.") from error
+    except torch.OutOfMemoryError as error:
+        raise ExportError("the device's memory is full; give --device cpu. Older exports are as they were.") from error
 
 
 @dataclass(frozen=True)
@@ -95,7 +102,6 @@ class _Plan:
         stored: what it is made from.
         path: where it goes.
         masks: its masks.
-        step: the step of the run that it was taken at.
         counts: widths of the model written; more than are left where zeros fill layers up.
         architecture: llama.cpp's, for a GGUF file.
         notes: what the user should know.
@@ -104,20 +110,18 @@ class _Plan:
     stored: Stored
     path: Path
     masks: Masks
-    step: int
     counts: Counts
     architecture: llamacpp.Architecture | None
     notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class _Export:
+class _Job:
     """A checked export: everything known before the weights are read."""
 
-    folder: Path
     run: Run
+    facts: RunFacts
     options: ExportOptions
-    config: PruneConfig
     source: Source
     dense: PretrainedConfig
     arch: Arch
@@ -126,230 +130,88 @@ class _Export:
     plans: list[_Plan]
     reporter: Reporter
 
-    @classmethod
-    def check(cls, folder: Path, options: ExportOptions, reporter: Reporter) -> _Export:
-        """Every check that needs no weights."""
-        if not (folder / CONFIG).is_file():
-            raise ConfigError(
-                f"run {folder} has no {CONFIG}; give the folder that nuteprune prune --out (or export --format adapter) wrote."
-            )
-        pick_device(options.device)
-        config = PruneConfig.of_run(folder / CONFIG)
-        source = Source.find(config.model)
-        config, dense, arch = check_model(config, source)
-        run = Run(folder, config, (Stored(FINAL, config.sparsity),)) if is_adapter(folder) else Run.open(folder, config)
-        wanted = list(dict.fromkeys(run.pick(s) for s in options.sparsity or (None,)))
-        for asked in options.sparsity:
-            if abs((found := run.pick(asked)).sparsity - asked) > 1e-6:
-                reporter.say(f"--sparsity {asked:g}: the nearest denser model of this run is {found.name}, {found.sparsity:g}")
-        tokenizer = source.tokenizer(arch.dims.vocab)
-        made = cls(folder, run, options, config, source, dense, arch, tokenizer, [], [], reporter)
-        paths = made.paths(wanted)
-        if options.format == "gguf":
-            from nuteprune.export.gguf_tokenizer import tokenizer_fields
-
-            made.fields.extend(tokenizer_fields(source, tokenizer, dense, options.tokenizer_pre))
-        made.plans.extend(made.plan(stored, path) for stored, path in zip(wanted, paths, strict=True))
-        return made
-
-    def paths(self, wanted: list[Stored]) -> list[Path]:
-        """Where the models go.
-
-        Raises:
-            ConfigError: a place that cannot be written to, or that holds something else.
-        """
-        options, gguf = self.options, self.options.format == "gguf"
-        kind = (options.outtype or "f16") if gguf else options.format
-        names = [f"sparsity-{100 * stored.sparsity:g}-{kind}{'.gguf' if gguf else ''}" for stored in wanted]
-        if options.out is None or len(wanted) > 1:
-            parent = options.out or self.folder / "export"
-            paths = [parent / name for name in names]
-        else:
-            paths = [options.out]
-        for path in paths:
-            if gguf and path.suffix != ".gguf":
-                raise ConfigError(f"--out {path}: the name of a GGUF file ends with .gguf.")
-            if gguf and path.is_dir():
-                raise ConfigError(f"--out {path} is a folder; give a file name.")
-            if not gguf and _is_foreign(path):
-                raise ConfigError(f"--out {path} holds something that is not an exported model; give another folder.")
-            if path.resolve() == self.folder.resolve() or path.resolve() == Path.cwd():
-                raise ConfigError(f"--out {path} is the run itself or the current folder; give another folder.")
-            if (above := unwritable_parent(path)) is not None:
-                raise ConfigError(f"--out {path} cannot be made: {above} is not a folder that can be written to.")
-        return paths
-
-    def read(self, stored: Stored) -> Snapshot | None:
-        """Masks and LoRA weights of a stored model; None for the intact one."""
-        if not is_adapter(self.folder):
-            return self.run.read(stored)
-        return Snapshot(FINAL, stored.sparsity, 0, *read_adapter(self.folder))
-
-    def plan(self, stored: Stored, path: Path) -> _Plan:
-        """A model to write: which widths, and whether the format can hold it.
-
-        Raises:
-            ConfigError: there is nothing to write.
-            ExportError: the format cannot hold it.
-        """
-        snapshot = self.read(stored)
-        if snapshot is None and self.options.format == "adapter":
-            raise ConfigError(
-                "--sparsity 0 is the intact model, which has no masks and LoRA weights; leave it out of an adapter."
-            )
-        masks = Masks.ones(self.arch.dims, torch.device("cpu")) if snapshot is None else snapshot.masks
-        step = 0 if snapshot is None else snapshot.step
-        left = checked_counts(self.arch, masks)
-        if self.options.format == "gguf":
-            choice = llamacpp.choose(self.arch, self.dense, left)
-            return _Plan(stored, path, masks, step, choice.counts, choice.architecture, choice.notes)
-        if self.options.format == "hf-uniform":
-            widths, notes = self._uniform(left)
-            return _Plan(stored, path, masks, step, widths, None, notes)
-        return _Plan(stored, path, masks, step, left, None, ())
-
-    def _uniform(self, left: Counts) -> tuple[Counts, tuple[str, ...]]:
-        """Widths of a stock class that can hold what is left, and what they cost."""
-        widths = left if left.uniform else left.widest
-        if stock_config(self.dense, self.arch, widths) is None:
-            raise ExportError(
-                f"no stock class of the {self.arch.spec.model_type} family takes these widths (hidden size {widths.hidden}); "
-                "write --format hf, or prune with --uniform and other roundings."
-            )
-        more = _elements(self.arch, widths) - _elements(self.arch, left)
-        if widths.is_dense(self.arch.dims) and more:
-            raise ExportError(
-                "the layers of this model differ so much that a stock class, which has one width for all, would be as large as "
-                "the dense model; prune with --uniform, or write --format hf."
-            )
-        if not more:
-            return widths, ()
-        share = 100 * more / _elements(self.arch, left)
-        return widths, (
-            f"zeros fill all layers up to the widest, so that a stock class holds them: {more:,} parameters more than "
-            f"--format hf ({share:.1f} %). A run with --uniform has no such cost",
-        )
+    @property
+    def config(self) -> PruneConfig:
+        """The run's options."""
+        return self.run.config
 
     def write_all(self) -> list[Exported]:
         """Reads the base model once and writes one model after the other."""
-        config, device = self.config, pick_device(self.options.device)
         if self.options.format == "adapter":
-            return [self._write_adapter(plan) for plan in self.plans]
+            return [self.said(self.write_adapter(plan)) for plan in self.plans]
+        device = pick_device(self.options.device)
         self.reporter.say(f"loading {self.source.name} on {device}")
-        model = self.source.model(device, pick_dtype(config.dtype, device))
-        lora = LoraOptions(config.lora_rank, config.alpha, config.lora_targets, config.seed)
-        masked = MaskedModel(model, self.arch, config.prune, lora)
-        nothing = {name: torch.zeros_like(p) for name, p in masked.lora.items()}
-        text = self._text()
+        model = self.source.model(device, run_dtype(self.config, self.facts.environment))
+        lora = LoraOptions(self.config.lora_rank, self.config.alpha, self.config.lora_targets, self.config.seed)
+        masked = MaskedModel(model, self.arch, self.config.prune, lora)
+        text = self.text()
+        write = self.write_gguf if self.options.format == "gguf" else self.write_folder
         written = []
         for plan in self.plans:
-            snapshot = self.read(plan.stored)
-            masked.load_lora(nothing if snapshot is None else snapshot.lora)
-            write = self._write_gguf if self.options.format == "gguf" else self._write_hf
-            written.append(write(plan, masked, text))
-            for note in written[-1].notes:
-                self.reporter.say(f"note: {note}")
-            self.reporter.say(f"wrote {plan.path} ({written[-1].file_bytes / 1e6:.1f} MB)")
+            snapshot = self.run.read(plan.stored)
+            masked.load_lora({n: torch.zeros_like(p) for n, p in masked.lora.items()} if snapshot is None else snapshot.lora)
+            written.append(self.said(write(plan, masked, text)))
         return written
 
-    def _text(self) -> Tensor:
-        """Token ids on which models are compared: held-out text of the run, or random tokens where there is none."""
-        if not (self.folder / BLOCKS).is_file():
-            generator = torch.Generator().manual_seed(0)
-            return torch.randint(0, self.arch.dims.vocab, (2, 64), generator=generator)
-        blocks = Blocks.open(self.folder / BLOCKS)
-        part, count = ("held_out", blocks.held_out) if blocks.held_out else ("train", blocks.count)
-        some = blocks.read(list(range(min(4, count))), part)
-        return some[: max(1, COMPARED // some.shape[1]), :COMPARED]
+    def said(self, made: Exported) -> Exported:
+        """Tells the user of a model that was written."""
+        for note in made.notes:
+            self.reporter.say(f"note: {note}")
+        self.reporter.say(f"wrote {made.path} ({made.file_bytes / 1e6:.1f} MB)")
+        return made
 
-    def _compared(self, plan: _Plan, masked: MaskedModel, text: Tensor) -> Equality:
+    def text(self) -> Tensor:
+        """Token ids [blocks, tokens] on which models are compared: the run's text, or a passage where it is not there."""
+        if not (self.run.folder / BLOCKS).is_file():
+            ids = list(self.tokenizer(PASSAGE * 4, add_special_tokens=False)["input_ids"])
+            return torch.tensor([ids[: min(256, self.dense.max_position_embeddings)]])
+        blocks = Blocks.open(self.run.folder / BLOCKS)
+        return compared_text(blocks)
+
+    def compared(self, plan: _Plan, masked: MaskedModel, text: Tensor) -> Equality:
+        """Compares the model to be written with the masked one."""
         with self.reporter.counter(f"comparing {plan.stored.name} with the masked model"):
             return check_equal(masked, plan.masks, self.dense, text, fill=lambda _: plan.counts)
 
-    def _write_hf(self, plan: _Plan, masked: MaskedModel, text: Tensor) -> Exported:
-        options, equality = self.options, self._compared(plan, masked, text)
+    def exported(self, plan: _Plan, size: int, equality: Equality | None, notes: tuple[str, ...]) -> Exported:
+        """The result of a plan."""
+        parameters = elements(self.arch, plan.counts)
+        return Exported(plan.path, plan.stored, plan.stored.sparsity, parameters, size, equality, notes)
+
+    def write_folder(self, plan: _Plan, masked: MaskedModel, text: Tensor) -> Exported:
+        """A Hugging Face folder with its card."""
+        options, equality = self.options, self.compared(plan, masked, text)
         dtype = pick_save_dtype(options.dtype or self.config.save_dtype, self.dense)
         compactor = Compactor(masked, plan.masks, dtype, lambda _: plan.counts)
-        parameters = _elements(self.arch, plan.counts)
+        most = parse_size(options.max_shard_size or SHARD)
+        generation = masked.model.generation_config
         with (
             self.reporter.counter(f"writing {plan.path.name}") as progress,
-            write_folder(
-                plan.path,
-                compactor,
-                self.dense,
-                self.tokenizer,
-                masked.model.generation_config,
-                parse_size(options.max_shard_size or SHARD),
-                progress,
-            ) as folder,
+            write_folder(plan.path, compactor, self.dense, self.tokenizer, generation, most, progress) as folder,
         ):
             size = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
-            save_text(folder / "README.md", model_card(self._facts(plan, equality, dtype, parameters, size)))
-        sparsity = BlockSize.of(self.arch).sparsity(plan.masks)
-        return Exported(plan.path, plan.stored, sparsity, parameters, size, equality, plan.notes)
-
-    def _facts(self, plan: _Plan, equality: Equality, dtype: torch.dtype, parameters: int, size: int) -> RunFacts:
-        """The facts for the model card."""
-        facts, blocks = RunFacts.read(self.folder), BlockSize.of(self.arch)
-        final = plan.stored.record == FINAL and facts.figures is not None
-        made = compact_config(self.dense, self.arch, plan.counts)
-        own_code = not is_stock(made)
-        line = facts.steps[min(plan.step, len(facts.steps) - 1)] if facts.steps else {}
-        notes = plan.notes
-        if plan.stored.record > 0:
-            notes += (
-                f"This is record {plan.stored.record} of a run to {100 * self.config.sparsity:g} %, taken at step "
-                f"{plan.step}: a teacher on the way, without recovery.",
+            facts = exported_facts(
+                self.facts, plan.stored, plan.masks, plan.counts, self.arch, self.dense, equality, dtype, size, plan.notes
             )
-        figures = Figures(
-            blocks_before=blocks.full,
-            blocks_after=sum(math.prod(s) for n, s in self._shapes(plan).items() if n.startswith(f"{self.arch.spec.layers}.")),
-            total_before=self.arch.total,
-            total_after=parameters,
-            file_bytes=size,
-            dtype=str(dtype).removeprefix("torch."),
-            model_class=str((made.architectures or [""])[0]),
-            own_code=own_code,
-            equality=equality,
-            exact=facts.figures.exact if final and facts.figures is not None else None,
-            dense=facts.figures.dense if final and facts.figures is not None else None,
-            pruned=facts.figures.pruned if final and facts.figures is not None else None,
-            tokens=int(line.get("tokens", 0)),
-            seconds=float(line.get("seconds", 0.0)),
-        )
-        return dataclasses.replace(
-            facts,
-            figures=figures,
-            masks=plan.masks,
-            masks_of=plan.stored.name,
-            comparison=facts.comparison if final else None,
-            left_out=notes,
-        )
+            save_text(folder / "README.md", model_card(facts))
+            about = plan.stored
+            write_provenance(folder, format=options.format, record=about.record, sparsity=about.sparsity, step=about.step)
+        return self.exported(plan, size, equality, plan.notes)
 
-    def _shapes(self, plan: _Plan) -> dict[str, tuple[int, ...]]:
-        return compact_shapes(self.arch, plan.counts)
-
-    def _write_gguf(self, plan: _Plan, masked: MaskedModel, text: Tensor) -> Exported:
+    def write_gguf(self, plan: _Plan, masked: MaskedModel, text: Tensor) -> Exported:
+        """A GGUF file, quantised and looked at by llama.cpp where it is there."""
         from nuteprune.export.gguf import other_types, write_gguf
 
         assert plan.architecture is not None
-        outtype, equality = self.options.outtype or "f16", self._compared(plan, masked, text)
+        outtype, equality = self.options.outtype or "f16", self.compared(plan, masked, text)
         by_llama = outtype not in PLAIN and llama_program.installed()
         compactor = Compactor(masked, plan.masks, torch.float32, lambda _: plan.counts)
-        name = f"{Path(self.source.name).name} pruned by {100 * plan.stored.sparsity:g} %"
+        name = f"{Path(self.source.name).name}, {100 * plan.stored.sparsity:.1f} % of its blocks pruned"
         notes = list(plan.notes)
         with atomic_file(plan.path) as temporary, _scratch(temporary) as floats:
+            into, first = (floats, "f32") if by_llama else (temporary, outtype)
             with self.reporter.counter(f"writing {plan.path.name}") as progress:
-                write_gguf(
-                    floats if by_llama else temporary,
-                    compactor,
-                    self.dense,
-                    plan.architecture,
-                    self.fields,
-                    "f32" if by_llama else outtype,
-                    name,
-                    progress,
-                )
+                write_gguf(into, compactor, self.dense, plan.architecture, self.fields, first, name, progress)
             if by_llama:
                 with self.reporter.counter(f"llama.cpp quantises to {outtype}"):
                     llama_program.quantise(floats, temporary, outtype)
@@ -361,12 +223,11 @@ class _Export:
             if left := other_types(temporary, outtype):
                 notes.append(_rows_note(left, outtype))
             if llama_program.installed():
-                notes.append(self._looked_at(temporary, floats if by_llama else None, plan, masked, text, outtype))
+                notes.append(self.looked_at(temporary, floats if by_llama else None, plan, masked, text, outtype))
             size = temporary.stat().st_size
-        sparsity = BlockSize.of(self.arch).sparsity(plan.masks)
-        return Exported(plan.path, plan.stored, sparsity, _elements(self.arch, plan.counts), size, equality, tuple(notes))
+        return self.exported(plan, size, equality, tuple(notes))
 
-    def _looked_at(self, path: Path, floats: Path | None, plan: _Plan, masked: MaskedModel, text: Tensor, outtype: str) -> str:
+    def looked_at(self, path: Path, floats: Path | None, plan: _Plan, masked: MaskedModel, text: Tensor, outtype: str) -> str:
         """Runs a file in llama.cpp, and the float32 file that it was quantised from, if it was; says how near it is.
 
         Raises:
@@ -386,16 +247,115 @@ class _Export:
             f"token is the same after {100 * same:.0f} % of them"
         )
 
-    def _write_adapter(self, plan: _Plan) -> Exported:
-        snapshot = self.read(plan.stored)
+    def write_adapter(self, plan: _Plan) -> Exported:
+        """Masks and LoRA weights."""
+        snapshot = self.run.read(plan.stored)
         assert snapshot is not None
-        sparsity = BlockSize.of(self.arch).sparsity(plan.masks)
         with atomic_folder(plan.path) as folder:
-            write_adapter(folder, snapshot, self.config, self.arch, sparsity)
+            write_adapter(folder, self.run.folder, snapshot, self.config, self.arch)
             size = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
-        self.reporter.say(f"wrote {plan.path} ({size / 1e6:.1f} MB)")
         parameters = sum(t.numel() for t in snapshot.lora.values())
-        return Exported(plan.path, plan.stored, sparsity, parameters, size, None, plan.notes)
+        return Exported(plan.path, plan.stored, plan.stored.sparsity, parameters, size, None, plan.notes)
+
+
+def _checked(folder: Path, options: ExportOptions, reporter: Reporter) -> _Job:
+    """Every check that needs no weights, and what is to be written."""
+    if not (folder / CONFIG).is_file():
+        raise ConfigError(
+            f"run {folder} has no {CONFIG}; give the folder that nuteprune prune --out (or export --format adapter) wrote."
+        )
+    pick_device(options.device)
+    config = PruneConfig.of_run(folder / CONFIG)
+    source = Source.find(config.model)
+    config, dense, arch = check_model(config, source)
+    if is_adapter(folder):
+        config = adapter_options(folder, config, arch)
+    run = Run.open(folder, config, arch)
+    asked = {run.pick(s): s for s in reversed(options.sparsity or (None,))}  # of two that come to one, the first
+    wanted = list(dict.fromkeys(run.pick(s) for s in options.sparsity or (None,)))
+    tokenizer = source.tokenizer(arch.dims.vocab)
+    paths = _paths(run, options, source, wanted)
+    fields: list[Any] = []
+    if options.format == "gguf":
+        from nuteprune.export.gguf_tokenizer import tokenizer_fields
+
+        fields = tokenizer_fields(source, tokenizer, dense, options.tokenizer_pre)
+    plans = []
+    for stored, path in zip(wanted, paths, strict=True):
+        masks = run.masks(stored, arch)
+        counts, architecture, notes = _layout(options, arch, dense, stored, masks)
+        if (share := asked[stored]) is not None and abs(stored.wanted - share) > SAME:
+            notes = (
+                f"--sparsity {share:g}: the nearest denser model of this run is {stored.name}, {stored.sparsity:.4f}",
+                *notes,
+            )
+        plans.append(_Plan(stored, path, masks, counts, architecture, notes))
+    return _Job(run, RunFacts.read(folder), options, source, dense, arch, tokenizer, fields, plans, reporter)
+
+
+def _paths(run: Run, options: ExportOptions, source: Source, wanted: list[Stored]) -> list[Path]:
+    """Where the models go.
+
+    Raises:
+        ConfigError: a place that cannot be written to, or that holds something else.
+    """
+    gguf = options.format == "gguf"
+    kind = (options.outtype or "f16") if gguf else "-".join(filter(None, (options.format, options.dtype)))
+    paths = [(options.out or run.folder / "export") / f"sparsity-{s.label}-{kind}{'.gguf' if gguf else ''}" for s in wanted]
+    if options.out is not None and len(options.sparsity) < 2:
+        paths = [options.out]
+    own = [Path(source.where).resolve()] if source.local else []
+    for path in paths:
+        if gguf and path.suffix != ".gguf":
+            raise ConfigError(f"--out {path}: the name of a GGUF file ends with .gguf.")
+        if gguf and path.is_dir():
+            raise ConfigError(f"--out {path} is a folder; give a file name.")
+        if path.resolve() in (run.folder.resolve(), Path.cwd(), *own):
+            raise ConfigError(f"--out {path} is the run, the base model or the current folder; give another place.")
+        if not may_replace(path) or (not gguf and path.is_file()):
+            raise ConfigError(f"--out {path} holds something that nuteprune export did not write; give another place.")
+        if (above := unwritable_parent(path)) is not None:
+            raise ConfigError(f"--out {path} cannot be made: {above} is not a folder that can be written to.")
+    return [path.resolve() if path.is_symlink() else path for path in paths]
+
+
+def _layout(
+    options: ExportOptions, arch: Arch, dense: PretrainedConfig, stored: Stored, masks: Masks
+) -> tuple[Counts, llamacpp.Architecture | None, tuple[str, ...]]:
+    """Widths of a model in its format, llama.cpp's architecture for a GGUF file, and what the user should know.
+
+    Raises:
+        ConfigError: there is nothing to write.
+        ExportError: the format cannot hold it.
+    """
+    left = checked_counts(arch, masks)
+    if options.format == "gguf":
+        choice = llamacpp.choose(arch, dense, left)
+        return choice.counts, choice.architecture, choice.notes
+    if options.format == "adapter" and stored.record == INTACT:
+        raise ConfigError("--sparsity 0 is the intact model, which has no masks and LoRA weights; leave it out of an adapter.")
+    if options.format != "hf-uniform":
+        return left, None, ()
+    widths = left if left.uniform else left.widest
+    if stock_config(dense, arch, widths) is None:
+        raise ExportError(
+            f"no stock class of the {arch.spec.model_type} family takes these widths (hidden size {widths.hidden}); write "
+            "--format hf, or prune with --uniform and other roundings."
+        )
+    if widths == left:
+        return widths, None, ()
+    if widths.is_dense(arch.dims):
+        raise ExportError(
+            "the layers of this model differ so much that a stock class, which has one width for all, would be as large as the "
+            "dense model; prune with --uniform, or write --format hf."
+        )
+    more = elements(arch, widths) - elements(arch, left)
+    share = 100 * more / elements(arch, left)
+    note = (
+        f"zeros fill all layers up to the widest, so that a stock class holds them: {more:,} parameters more than --format hf "
+        f"({share:.1f} %). A run with --uniform has no such cost"
+    )
+    return widths, None, (note,)
 
 
 @contextmanager
@@ -406,14 +366,6 @@ def _scratch(path: Path) -> Iterator[Path]:
         yield beside
     finally:
         beside.unlink(missing_ok=True)
-
-
-def _is_foreign(path: Path) -> bool:
-    """Whether a path holds something that no export wrote."""
-    if not path.is_dir():
-        return path.exists()
-    known = ("config.json", "adapter_config.json")
-    return any(path.iterdir()) and not any((path / name).exists() for name in known)
 
 
 def _rows_note(left: list[Any], outtype: str) -> str:
@@ -427,6 +379,6 @@ def _rows_note(left: list[Any], outtype: str) -> str:
     )
 
 
-def _elements(arch: Arch, counts: Counts) -> int:
+def elements(arch: Arch, counts: Counts) -> int:
     """Parameters of a compact model of these widths."""
     return sum(math.prod(shape) for shape in compact_shapes(arch, counts).values())

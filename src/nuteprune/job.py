@@ -172,6 +172,13 @@ def check_stock(config: PruneConfig, discretiser: Discretiser, dense: Pretrained
             )
 
 
+def compared_text(blocks: Blocks) -> torch.Tensor:
+    """Token ids [blocks, tokens] on which a compact model is compared: of the held-out text, or the training text."""
+    part, count = ("held_out", blocks.held_out) if blocks.held_out else ("train", blocks.count)
+    some = blocks.read(list(range(min(4, count))), part)
+    return some[: max(1, COMPARED // some.shape[1]), :COMPARED]
+
+
 def pick_save_dtype(name: str, dense: PretrainedConfig) -> torch.dtype:
     """The precision of `--save-dtype`; auto is that of the input checkpoint."""
     own = str(getattr(dense, "dtype", None)).removeprefix("torch.")
@@ -323,8 +330,7 @@ class _Job:
         if apart is not None:
             with reporter.counter("perplexity of the dense model") as progress, masked.role(None, None):
                 dense = blocks_perplexity(masked.logits, apart, HELD_OUT_NAME, progress)
-        some = apart[:4] if apart is not None else blocks.read(list(range(min(4, blocks.count))))
-        compared = some[: max(1, COMPARED // some.shape[1]), :COMPARED]
+        compared = compared_text(blocks).to(masked.device)
         exact: Equality | None = None
         if self.arch.total <= EXACT_LIMIT:  # float64 tells errors of folding from rounding
             exact = check_equal(masked, masks, self.dense, compared, torch.float64)

@@ -76,7 +76,10 @@ class FreshProcess:
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         if kind is not None:
             self._child.kill()
-        self._child.__exit__(kind, None, None)  # closes the pipes, upon which the child ends, and waits for it
+        try:  # the child ends when its pipe is closed
+            self._child.__exit__(kind, None, None)
+        except BrokenPipeError:  # it is gone, with a call unread
+            self._child.wait()
 
     def call(self, function: Callable[..., T], *args: Any, progress: Progress | None = None) -> tuple[T, int]:
         """Calls a function in the process; as `in_fresh_process`."""

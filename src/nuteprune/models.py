@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from nuteprune.arch import Arch
+from nuteprune.config import PruneConfig
 from nuteprune.errors import ArchitectureError, ConfigError, reason
 from nuteprune.export import modeling_nuteprune as pruned
 
@@ -246,6 +247,16 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return DTYPES[name]
+
+
+def run_dtype(config: PruneConfig, environment: dict[str, Any]) -> torch.dtype:
+    """The precision in which a run had its base model, whatever machine this is.
+
+    Args:
+        config: the run's options.
+        environment: its env.json.
+    """
+    return pick_dtype(config.dtype, torch.device("cpu" if environment.get("device", "cpu") == "cpu" else "cuda"))
 
 
 def load(

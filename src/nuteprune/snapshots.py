@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 
-from nuteprune.checkpoint import TENSORS, checkpoints
+from nuteprune.arch import Arch
+from nuteprune.checkpoint import STATE, TENSORS, checkpoints
 from nuteprune.config import PruneConfig
 from nuteprune.errors import ConfigError
+from nuteprune.export.adapter import adapter_stored, is_adapter, read_adapter
 from nuteprune.masks import KINDS, Masks
-from nuteprune.teachers import INTACT, Snapshot, TeacherBank, read_snapshot
+from nuteprune.report.facts import MODEL, RESULT
+from nuteprune.size import BlockSize
+from nuteprune.teachers import FINAL, INTACT, Snapshot, TeacherBank, read_about, read_snapshot
 
-FINAL = -1  # in place of a record's number: the model after recovery
 SAME = 1e-6  # difference of two sparsities that are one
+ROUNDING = 0.005  # by which a model may be sparser than its record is named for, because units go in steps
 
 
 @dataclass(frozen=True)
@@ -23,26 +29,36 @@ class Stored:
 
     Attributes:
         record: its record's number; 0 for the intact model, -1 for the last state.
-        sparsity: the sparsity that it was made for, share of block parameters.
+        wanted: the sparsity that it was made for, share of block parameters.
+        sparsity: the share that its masks remove.
+        step: the step of the run at which it was taken.
     """
 
     record: int
+    wanted: float
     sparsity: float
+    step: int
+
+    @property
+    def label(self) -> str:
+        """Its sparsity in per cent for file names: what it was made for, where that is about what it is."""
+        share = self.wanted if abs(self.sparsity - self.wanted) <= ROUNDING else self.sparsity
+        return f"{round(100 * share, 1):g}"
 
     @property
     def name(self) -> str:
         """How messages call it."""
         if self.record == INTACT:
             return "the intact model"
-        return "the pruned model" if self.record == FINAL else f"record {self.record}"
+        return "the pruned model" if self.record == FINAL else f"record {self.record} (without recovery)"
 
 
 @dataclass(frozen=True)
 class Run:
-    """The models of a run folder.
+    """The models of a run or adapter folder.
 
     Attributes:
-        folder: the run folder.
+        folder: the folder.
         config: its options.
         stored: what it holds, densest first.
     """
@@ -52,63 +68,109 @@ class Run:
     stored: tuple[Stored, ...]
 
     @classmethod
-    def open(cls, folder: Path, config: PruneConfig) -> Run:
-        """Lists what a run folder holds; no weights are read.
+    def open(cls, folder: Path, config: PruneConfig, arch: Arch) -> Run:
+        """Lists what a folder holds; no weights are read.
 
         Args:
-            folder: the run folder.
+            folder: the run or adapter folder.
             config: its options, as the model settles them.
+            arch: the dense model's description.
         """
-        found = [Stored(INTACT, 0.0)]
+        if is_adapter(folder):
+            record, sparsity, step = adapter_stored(folder)
+            wanted = config.sparsity if record == FINAL else record * config.snapshot_every
+            return cls(folder, config, (Stored(record, wanted, sparsity, step),))
+        found = [Stored(INTACT, 0.0, 0.0, 0)]
         for path in sorted((folder / "teachers").glob("record-*.safetensors")):
-            record = int(path.stem.split("-")[1])
-            found.append(Stored(record, record * config.snapshot_every))
-        if _last(folder) is not None:
-            found = [s for s in found if s.sparsity < config.sparsity - SAME]
-            found.append(Stored(FINAL, config.sparsity))
+            record, sparsity, step = read_about(path)
+            found.append(Stored(record, record * config.snapshot_every, sparsity, step))
+        if (last := _last(folder, config)) is not None:
+            sparsity = BlockSize.of(arch).sparsity(_masks(last))
+            found = [s for s in found if s.wanted < config.sparsity - SAME]
+            found.append(Stored(FINAL, config.sparsity, sparsity, config.total_steps - 1))
         return cls(folder, config, tuple(found))
 
     def pick(self, sparsity: float | None) -> Stored:
         """The model of a sparsity, or the nearest denser one; the pruned model for None.
 
         Raises:
-            ConfigError: the run has not got that far.
+            ConfigError: the folder does not hold it.
         """
         last = self.stored[-1]
+        if is_adapter(self.folder):
+            if sparsity is not None and abs(sparsity - last.wanted) > SAME:
+                raise ConfigError(f"--sparsity got {sparsity:g}; this adapter is one model of {last.wanted:g}. Leave it out.")
+            return last
         if sparsity is None:
             if last.record != FINAL:
-                raise ConfigError(
-                    f"run {self.folder} is not complete, so it has no pruned model yet; go on with nuteprune resume "
-                    f"{self.folder}, or give --sparsity up to {last.sparsity:g} for one of its records."
-                )
+                raise ConfigError(self._no_pruned_model())
             return last
-        if sparsity > last.sparsity + SAME:
+        if sparsity > last.wanted + SAME:
             raise ConfigError(
-                f"--sparsity got {sparsity:g}; this run holds models up to {last.sparsity:g} "
-                f"({len(self.stored)} of them, 0 is the intact one)."
+                f"--sparsity got {sparsity:g}; this run holds models up to {last.wanted:g} ({len(self.stored)} of them, 0 is "
+                "the intact one)."
             )
-        return max((s for s in self.stored if s.sparsity <= sparsity + SAME), key=lambda s: s.sparsity)
+        if sparsity > SAME and len(self.stored) == 2 and last.record == FINAL and sparsity < last.wanted - SAME:
+            raise ConfigError(
+                f"--sparsity got {sparsity:g}; this run kept no records (--teachers {self.config.teachers}), only the pruned "
+                f"model ({last.wanted:g}) and the intact one (0)."
+            )
+        fitting = (s for s in self.stored if s.wanted <= sparsity + SAME and s.sparsity <= sparsity + ROUNDING)
+        return last if abs(last.wanted - sparsity) <= SAME else max(fitting, key=lambda s: s.wanted)
+
+    def _no_pruned_model(self) -> str:
+        """Why there is none, and what can be done."""
+        densest = f"give --sparsity up to {self.stored[-1].wanted:g} for one of its records"
+        if (self.folder / RESULT).is_file():
+            return (
+                f"run {self.folder} is complete, but its last checkpoint is gone, from which the pruned model is exported; "
+                f"{self.folder / MODEL} is that model as a folder. Or {densest}."
+            )
+        return (
+            f"run {self.folder} is not complete, so it has no pruned model yet; go on with nuteprune resume {self.folder}, or "
+            f"{densest}."
+        )
+
+    def masks(self, stored: Stored, arch: Arch) -> Masks:
+        """Masks of a stored model, on the CPU."""
+        if stored.record == INTACT:
+            return Masks.ones(arch.dims, torch.device("cpu"))
+        if is_adapter(self.folder):
+            return read_adapter(self.folder)[0]
+        if stored.record == FINAL:
+            return _masks(self._last())
+        return TeacherBank(self.folder / "teachers").masks(stored.record)
 
     def read(self, stored: Stored) -> Snapshot | None:
         """Masks and LoRA weights of a stored model; None for the intact one, which has neither."""
         if stored.record == INTACT:
             return None
+        about = (stored.record, stored.sparsity, stored.step)
+        if is_adapter(self.folder):
+            return Snapshot(*about, *read_adapter(self.folder))
         if stored.record == FINAL:
-            path = _last(self.folder)
-            assert path is not None
+            path = self._last()
             with safe_open(path, framework="pt") as file:
-                names = file.keys()
-                lora = {n.removeprefix("lora."): file.get_tensor(n) for n in names if n.startswith("lora.")}
-                masks = Masks.from_tensors({kind: file.get_tensor(f"masks.{kind}") for kind in KINDS})
-            return Snapshot(FINAL, stored.sparsity, self.config.total_steps - 1, masks, lora)
+                lora = {n.removeprefix("lora."): file.get_tensor(n) for n in file.keys() if n.startswith("lora.")}  # noqa: SIM118
+            return Snapshot(*about, _masks(path), lora)
         return read_snapshot(TeacherBank(self.folder / "teachers").path(stored.record))
 
+    def _last(self) -> Path:
+        path = _last(self.folder, self.config)
+        assert path is not None
+        return path
 
-def _last(folder: Path) -> Path | None:
+
+def _masks(path: Path) -> Masks:
+    """The masks in a checkpoint's tensors."""
+    with safe_open(path, framework="pt") as file:
+        return Masks.from_tensors({kind: file.get_tensor(f"masks.{kind}") for kind in KINDS})
+
+
+def _last(folder: Path, config: PruneConfig) -> Path | None:
     """The tensors of the checkpoint at the end of a complete run; None where there is none."""
-    for path in reversed(checkpoints(folder / "checkpoints")):
-        if not (folder / "result.json").is_file():
-            return None
-        with safe_open(path / TENSORS, framework="pt") as file:
-            return path / TENSORS if f"masks.{KINDS[0]}" in file.keys() else None  # noqa: SIM118 - not a dict
-    return None
+    kept = checkpoints(folder / "checkpoints")
+    if not kept or not (folder / RESULT).is_file():
+        return None
+    step = json.loads((kept[-1] / STATE).read_text(encoding="utf-8"))["step"]
+    return kept[-1] / TENSORS if step == config.total_steps else None

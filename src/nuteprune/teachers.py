@@ -16,7 +16,8 @@ from torch import Tensor
 from nuteprune.files import save_tensors
 from nuteprune.masks import KINDS, Masks
 
-INTACT = 0
+INTACT = 0  # in place of a record's number: the model before pruning
+FINAL = -1  # the model after recovery
 
 
 @dataclass(frozen=True)
@@ -87,14 +88,20 @@ class TeacherBank:
         return bank
 
 
-def read_snapshot(path: Path) -> Snapshot:
-    """A snapshot from its file."""
+def read_about(path: Path) -> tuple[int, float, int]:
+    """Number, sparsity and step of the snapshot in a file; no tensor is read."""
     with safe_open(path, framework="pt") as file:
         about = json.loads((file.metadata() or {})["nuteprune"])
+    return about["record"], about["sparsity"], about["step"]
+
+
+def read_snapshot(path: Path) -> Snapshot:
+    """A snapshot from its file."""
+    about = read_about(path)
     tensors = load_file(path)
     masks = {k.removeprefix("masks."): t for k, t in tensors.items() if k.startswith("masks.")}
     lora = {k.removeprefix("lora."): t for k, t in tensors.items() if k.startswith("lora.")}
-    return Snapshot(about["record"], about["sparsity"], about["step"], Masks.from_tensors(masks), lora)
+    return Snapshot(*about, Masks.from_tensors(masks), lora)
 
 
 @dataclass(frozen=True)

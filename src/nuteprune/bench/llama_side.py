@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import gguf
 import numpy as np
 
@@ -16,6 +18,8 @@ class LlamaSide:
     def __init__(self, path: str, load: Load) -> None:
         self.model = open_model(path, load.prompt_tokens + load.new_tokens, load.threads)
         self.parameters = sum(int(t.n_elements) for t in gguf.GGUFReader(path).tensors if t.name != "rope_freqs.weight")
+        self.file_bytes = Path(path).stat().st_size
+        self.notes: tuple[str, ...] = ()
         self.program = f"llama.cpp, {self.model.n_threads} threads"
 
     def tokens(self, text: str) -> list[int]:

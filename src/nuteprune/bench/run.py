@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
-
-from transformers.utils.hub import cached_file
 
 from nuteprune.bench.sides import About, Load, Round, is_gguf, open_side, round_of_side
 from nuteprune.environment import environment
@@ -141,13 +140,10 @@ class Bench:
         body = []
         for row in self.rows:
             whole = row.name == "parameters"
-            spread = "" if row.least is None else f" ({row.least:.3f} to {row.most:.3f})"
+            spread = "" if row.least is None else f"{row.least:.3f} to {row.most:.3f}"
             shown = [f"{v:,.0f}" if whole else f"{v:,.2f}" for v in (row.a, row.b)]
-            body.append((row.name, *shown, f"x {row.ratio:.3f}{spread}"))
-        names = [Path(side.name).name for side in (self.a, self.b)]
-        if names[0] == names[1]:
-            names = [self.a.name, self.b.name]
-        return ("", *names, "ratio"), body
+            body.append((row.name, *shown, f"x {row.ratio:.3f}", spread))
+        return ("", "A", "B", "A / B", "rounds"), body
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, every round included."""
@@ -177,8 +173,12 @@ def run_bench(a: str, b: str, options: BenchOptions | None = None, reporter: Rep
     options, reporter = options or BenchOptions(), reporter or Reporter()
     options.check()
     device = pick_device(options.device)
-    sizes = [_check(model, options) for model in (a, b)]
-    load = Load(options.prompt_tokens, options.new_tokens, options.threads, str(device), options.dtype)
+    for model in (a, b):
+        _check(model, options)
+    threads = options.threads or len(
+        os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    )
+    load = Load(options.prompt_tokens, options.new_tokens, threads, str(device), options.dtype)
     abouts: list[About] = []
     rounds: list[list[Round]] = [[], []]
     peaks = [0, 0]
@@ -194,8 +194,8 @@ def run_bench(a: str, b: str, options: BenchOptions | None = None, reporter: Rep
                     rounds[side].append(made)
                 progress(number + 1, options.rounds)
     sides = [
-        Side(model, about.program, about.parameters, size, peak, tuple(made))
-        for model, about, size, peak, made in zip((a, b), abouts, sizes, peaks, rounds, strict=True)
+        Side(model, about.program, about.parameters, about.file_bytes, peak, tuple(made))
+        for model, about, peak, made in zip((a, b), abouts, peaks, rounds, strict=True)
     ]
     return Bench(sides[0], sides[1], options, environment(device), tuple(_notes(sides, abouts, options)))
 
@@ -203,12 +203,12 @@ def run_bench(a: str, b: str, options: BenchOptions | None = None, reporter: Rep
 def _asked(model: str, process: FreshProcess, function: Callable[..., Any], *args: Any) -> Any:
     try:
         return process.call(function, *args)[0]
-    except RuntimeError as error:
+    except (RuntimeError, MeasurementError) as error:
         raise MeasurementError(f"{model} does not run: {str(error).strip().splitlines()[-1]}") from error
 
 
-def _check(model: str, options: BenchOptions) -> int:
-    """Refuses a model that cannot be measured; returns the bytes of its weight files."""
+def _check(model: str, options: BenchOptions) -> None:
+    """Refuses a model that cannot be measured, before anything is loaded."""
     length = options.prompt_tokens + options.new_tokens
     if is_gguf(model):
         if not Path(model).is_file():
@@ -217,30 +217,29 @@ def _check(model: str, options: BenchOptions) -> int:
             raise ConfigError(
                 f"model {model} is run by llama.cpp, whose package is missing; run: pip install 'nuteprune[gguf]'."
             )
-        return Path(model).stat().st_size
+        return
     source = Source.find(model)
     config = source.config()
     longest = getattr(config, "max_position_embeddings", None)
     if longest is not None and length > longest:
         raise ConfigError(f"--prompt-tokens and --new-tokens are {length} together; {model} reads at most {longest} tokens.")
-    if source.gguf_file is not None:
-        return (Path(source.where) / source.gguf_file).stat().st_size
-    folder = Path(source.where if source.local else str(cached_file(source.where, "config.json"))).absolute()
-    folder = folder if source.local else folder.parent
-    return sum(p.stat().st_size for p in folder.iterdir() if p.suffix in (".safetensors", ".bin"))
 
 
 def _notes(sides: list[Side], abouts: list[About], options: BenchOptions) -> list[str]:
     notes = [
         f"{options.rounds} rounds, the models taking turns; medians, and the smallest and largest ratio of a round; batch 1, "
         "greedy, with cache",
+        "ratio: the first model over the second; below 1 is better for sizes, memory and the time to first token",
         "time to first token: tokenising and the prompt's forward pass",
     ]
-    notes += [f"{side.name}: {side.program}" for side in sides]
+    notes += [f"{letter}: {side.name}, {side.program}" for letter, side in zip("AB", sides, strict=True)]
+    notes += [note for about in abouts for note in about.notes]
     if any(about.loading_counted for about in abouts):
         notes.append("peak memory: of a process of its own, loading included")
     else:
-        notes.append("peak memory: of a process of its own after loading")
+        notes.append("peak memory: of a process of its own after loading, interpreter and libraries included")
     if len({is_gguf(side.name) for side in sides}) > 1:
         notes.append("one model ran in transformers and one in llama.cpp: the ratio is of the programs too")
+    if any("cuda" in side.program for side in sides):
+        notes.append("peak memory of a model on a GPU: what was allocated there")
     return notes

@@ -12,10 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-_TEXT = (
-    "The history of the city begins with a ford across the river, where traders met twice a year. In the third century a wall "
-    "was built around 12 hectares of land, and by 1450 it had 31 towers; of these, four still stand. "
-)
+from nuteprune.passage import PASSAGE
 
 
 @dataclass(frozen=True)
@@ -25,14 +22,14 @@ class Load:
     Attributes:
         prompt_tokens: tokens of the prompt.
         new_tokens: tokens generated after it.
-        threads: CPU threads; None for the program's own number.
+        threads: CPU threads.
         device: torch device of a Hugging Face model.
         dtype: its precision.
     """
 
     prompt_tokens: int
     new_tokens: int
-    threads: int | None
+    threads: int
     device: str
     dtype: str
 
@@ -58,12 +55,16 @@ class About:
 
     Attributes:
         parameters: elements of its weights; a shared one counts once.
+        file_bytes: size of its weight files.
         program: what runs it, and in which precision.
+        notes: what bears on its figures.
         loading_counted: whether memory for loading is in the peak.
     """
 
     parameters: int
+    file_bytes: int
     program: str
+    notes: tuple[str, ...]
     loading_counted: bool
 
 
@@ -72,11 +73,15 @@ class Model(Protocol):
 
     Attributes:
         parameters: elements of its weights.
+        file_bytes: size of its weight files.
         program: what runs it, and in which precision.
+        notes: what bears on its figures.
     """
 
     parameters: int
+    file_bytes: int
     program: str
+    notes: tuple[str, ...]
 
     def tokens(self, text: str) -> list[int]:
         """Token ids of a text, no special ones added."""
@@ -111,7 +116,8 @@ def open_side(model: str, load: Load) -> About:
     token = _side.first(_prompt(_side.tokens, load.prompt_tokens)[1])
     for _ in range(3):
         token = _side.next(token)
-    return About(_side.parameters, _side.program, loading_counted=not _side.forget_peak())
+    counted = not _side.forget_peak()
+    return About(_side.parameters, _side.file_bytes, _side.program, _side.notes, counted)
 
 
 def round_of_side(load: Load) -> tuple[Round, int]:
@@ -135,6 +141,8 @@ def is_gguf(model: str) -> bool:
 
 
 def _prompt(tokens: Callable[[str], list[int]], wanted: int) -> tuple[str, list[int]]:
-    """A text of at least so many tokens, and that many of them."""
-    text = _TEXT * (1 + wanted // len(tokens(_TEXT)))
-    return text, tokens(text)[:wanted]
+    """A text of at least so many tokens, little more, and that many of them."""
+    text = PASSAGE
+    while len(found := tokens(text)) < wanted:  # repeated text may come to fewer tokens than its parts
+        text += PASSAGE * max(1, (wanted - len(found)) // len(tokens(PASSAGE)))
+    return text, found[:wanted]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils.hub import cached_file
 
 from nuteprune.bench.sides import Load
 from nuteprune.measuring import forget_peak_memory, peak_memory
@@ -16,11 +18,11 @@ class TransformersSide:
 
     def __init__(self, model: str, load: Load) -> None:
         source = Source.find(model)
-        if load.threads is not None:
-            torch.set_num_threads(load.threads)
+        torch.set_num_threads(load.threads)
         self.model = source.model(torch.device(load.device), DTYPES[load.dtype])
         self.tokenizer = source.tokenizer(self.model.config.vocab_size)
         self.parameters = sum(p.numel() for p in self.model.parameters())
+        self.file_bytes, self.notes = _files(source, load.dtype)
         self.program = f"transformers, {load.dtype}, {load.device}, {torch.get_num_threads()} threads"
         self._cache: Any = None
 
@@ -51,3 +53,14 @@ class TransformersSide:
             torch.cuda.reset_peak_memory_stats(self.model.device)
             return True
         return forget_peak_memory()
+
+
+def _files(source: Source, dtype: str) -> tuple[int, tuple[str, ...]]:
+    """Bytes of the files that a model was loaded from, and what is to say of them."""
+    if source.gguf_file is not None:
+        note = f"{source.name}: its file is a GGUF file, possibly quantised, and ran in {dtype}"
+        return (Path(source.where) / source.gguf_file).stat().st_size, (note,)
+    folder = Path(source.where) if source.local else Path(str(cached_file(source.where, "config.json"))).parent
+    weights = [p for p in folder.iterdir() if p.name.startswith("model") and p.suffix == ".safetensors"]
+    weights = weights or [p for p in folder.iterdir() if p.name.startswith("pytorch_model") and p.suffix == ".bin"]
+    return sum(p.stat().st_size for p in weights), ()

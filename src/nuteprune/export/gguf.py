@@ -17,13 +17,15 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from nuteprune import __version__
 from nuteprune.arch import Arch, Norm
 from nuteprune.compact import Compactor
 from nuteprune.errors import ExportError
 from nuteprune.export.gguf_tokenizer import Field
-from nuteprune.export.hf import Progress, compact_config, compact_shapes, counted
+from nuteprune.export.hf import Progress, compact_config, compact_shapes, watched
 from nuteprune.export.llamacpp import QKV, Architecture, context
 from nuteprune.export.options import PLAIN, QUANTISED, WITHOUT_LLAMA
+from nuteprune.export.provenance import KEY
 
 # Types written here; the quantised ones by the gguf package, all weights alike.
 TYPES = {
@@ -76,6 +78,7 @@ def write_gguf(
     config = compact_config(dense, arch, counts)
     kind, file_type = TYPES[outtype]
     writer = gguf.GGUFWriter(None, architecture.name)
+    writer.add_string(KEY, __version__)
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(name)
     writer.add_file_type(file_type)
@@ -103,7 +106,7 @@ def write_gguf(
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         made = _with_factors(_converted(compactor.tensors(), arch, architecture, len(counts.layers)), config)
-        for (stored, into), (found, tensor) in zip(wanted, counted(made, len(wanted), progress), strict=True):
+        for (stored, into), (found, tensor) in zip(wanted, watched(made, len(wanted), progress), strict=True):
             if stored != found:
                 raise ExportError(f"tensor {found} came where {stored} was due; nothing was written. Please report this.")
             writer.write_tensor_data(gguf.quants.quantize(tensor.float().cpu().numpy(), into))

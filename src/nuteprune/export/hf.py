@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -34,7 +34,6 @@ from nuteprune.masking import MaskedModel
 from nuteprune.masks import Counts, Masks
 from nuteprune.precision import WithoutRounding
 
-T = TypeVar("T")
 Progress = Callable[[int, int], None]
 
 TOLERANCE = 1e-3  # largest logit difference, float32
@@ -314,7 +313,7 @@ def write_folder(
     config.dtype = compactor.dtype
     shapes = {name: torch.Size(shape) for name, shape in compact_shapes(compactor.arch, compactor.counts).items()}
     with atomic_folder(path) as temporary:
-        write_shards(temporary, shapes, compactor.dtype, counted(compactor.tensors(), len(shapes), progress), max_shard)
+        write_shards(temporary, shapes, compactor.dtype, watched(compactor.tensors(), len(shapes), progress), max_shard)
         config.save_pretrained(temporary)
         if generation is not None:
             generation.save_pretrained(temporary)
@@ -326,10 +325,20 @@ def write_folder(
         yield temporary
 
 
-def counted(tensors: Iterable[T], total: int, progress: Progress | None) -> Iterator[T]:
-    """The same things, reported as they are done with."""
-    for number, each in enumerate(tensors, 1):
-        yield each
+def watched(
+    tensors: Iterable[tuple[str, Tensor]], total: int, progress: Progress | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """The same tensors, reported as they are done with.
+
+    Raises:
+        ExportError: a value is not finite.
+    """
+    for number, (name, tensor) in enumerate(tensors, 1):
+        if not bool(tensor.isfinite().all()):
+            raise ExportError(
+                f"{name} has values that {tensor.dtype} cannot hold; nothing was written. Choose bfloat16 or float32."
+            )
+        yield name, tensor
         if progress is not None:
             progress(number, total)
 
