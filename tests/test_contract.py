@@ -127,10 +127,10 @@ def contract_masks(arch: Arch, seed: int, head_unit: str = "group") -> Masks:
     return masks
 
 
-@pytest.mark.parametrize(
-    ("family", "changes", "head_unit"),
-    [(*case, unit) for case in CASES for unit in HEAD_UNITS if unit == "group" or _grouped(*case)],
-)
+BOTH_UNITS = [(*case, unit) for case in CASES for unit in HEAD_UNITS if unit == "group" or _grouped(*case)]
+
+
+@pytest.mark.parametrize(("family", "changes", "head_unit"), BOTH_UNITS)
 def test_masked_equals_compact_everywhere(family: str, changes: dict[str, Any], head_unit: str, tmp_path: Path) -> None:
     config = tiny_config(family, num_hidden_layers=5, **changes)
     ids = torch.randint(2, 96, (2, 20), generator=torch.Generator().manual_seed(1))
@@ -173,12 +173,9 @@ def test_masked_equals_compact_everywhere(family: str, changes: dict[str, Any], 
         check_generation(ours, ids)
 
 
-@pytest.mark.parametrize(("family", "changes"), CASES)
-@pytest.mark.parametrize("head_unit", HEAD_UNITS)
+@pytest.mark.parametrize(("family", "changes", "head_unit"), BOTH_UNITS)
 def test_zeros_that_fill_layers_up_change_nothing(family: str, changes: dict[str, Any], head_unit: str) -> None:
     """As other programs want it: all layers as wide as the widest, or no block without a unit."""
-    if head_unit == "query" and not _grouped(family, changes):
-        pytest.skip("one query head a group")
     config = tiny_config(family, num_hidden_layers=5, **changes)
     ids = torch.randint(2, 96, (2, 20), generator=torch.Generator().manual_seed(1))
     masked = masked_model(config)

@@ -24,7 +24,7 @@ from nuteprune.export.hf import Equality
 from nuteprune.export.options import parse_size
 from nuteprune.export.provenance import may_replace
 from nuteprune.masks import Masks
-from nuteprune.models import run_dtype
+from nuteprune.models import Source, run_dtype
 from nuteprune.progress import Reporter
 from nuteprune.report.facts import RunFacts
 from nuteprune.snapshots import ROUNDING, Run, Stored
@@ -171,6 +171,13 @@ def test_as_large_as_dense_is_refused(mine: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(Run, "masks", lambda self, stored, arch: masks)
     with pytest.raises(ExportError, match=r"as large as the dense model; prune with --uniform"):
         export_run(mine, ExportOptions(format="hf-uniform", sparsity=(0.01,), device="cpu"), QUIET)
+
+
+def test_models_of_one_size_have_names_of_their_own(run: Path) -> None:
+    same = [Stored(5, 0.05, 0.0625, 4), Stored(7, 0.07, 0.0625, 6), Stored(9, 0.09, 0.09, 8)]
+    source = Source.find(PruneConfig.of_run(run / "config.yaml").model)
+    paths = exporting._paths(opened(run), ExportOptions(), source, same)
+    assert [p.name for p in paths] == ["sparsity-6.2-record-5-hf", "sparsity-6.2-record-7-hf", "sparsity-9-hf"]
 
 
 def test_an_adapter_goes_on_training_and_is_exported(mine: Path, tmp_path: Path) -> None:

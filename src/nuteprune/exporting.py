@@ -53,7 +53,7 @@ class Exported:
         path: its folder or file.
         stored: what it was made from.
         sparsity: share of block parameters that its masks remove.
-        parameters: of the whole model as written.
+        parameters: of the whole model as written; of an adapter its LoRA weights.
         file_bytes: size of the file, or of the safetensors files.
         equality: comparison with the masked model; None for an adapter.
         notes: what the user should know.
@@ -301,7 +301,10 @@ def _paths(run: Run, options: ExportOptions, source: Source, wanted: list[Stored
     """
     gguf = options.format == "gguf"
     kind = (options.outtype or "f16") if gguf else "-".join(filter(None, (options.format, options.dtype)))
-    paths = [(options.out or run.folder / "export") / f"sparsity-{s.label}-{kind}{'.gguf' if gguf else ''}" for s in wanted]
+    labels = [s.label for s in wanted]
+    labels = [n if labels.count(n) == 1 else f"{n}-record-{s.record}" for n, s in zip(labels, wanted, strict=True)]
+    parent = options.out or run.folder / "export"
+    paths = [parent / f"sparsity-{label}-{kind}{'.gguf' if gguf else ''}" for label in labels]
     if options.out is not None and len(options.sparsity) < 2:
         paths = [options.out]
     own = [Path(source.where).resolve()] if source.local else []
