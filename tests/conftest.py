@@ -7,7 +7,8 @@ import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="nuteprune-tests-")  # nothing that a developer once downloaded is found
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
+if "NUTEPRUNE_TEST_GPU" not in os.environ:  # tests are of the CPU, but for those that ask for a GPU
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import atexit
 import random

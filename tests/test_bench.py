@@ -116,6 +116,15 @@ def test_bad_options_are_refused_before_anything_is_loaded(
         run_bench(str(model_folder), str(model_folder), options, QUIET)
 
 
+def test_options_that_nothing_would_use_are_refused(tmp_path: Path) -> None:
+    for options, text in (
+        (BenchOptions(dtype="float32"), "--dtype got float32"),
+        (BenchOptions(device="cpu"), "--device got cpu"),
+    ):
+        with pytest.raises(ConfigError, match=f"{text}, but both models are GGUF files"):
+            run_bench("a.gguf", "b.gguf", options, QUIET)
+
+
 def test_models_that_cannot_be_measured(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"model nothing\.gguf: no such file"):
         run_bench("nothing.gguf", str(model_folder), None, QUIET)

@@ -161,7 +161,7 @@ def test_zeros_make_a_stock_model_and_its_cost_is_told(mine: Path) -> None:
     assert torch.allclose(logits(model), logits(load(mine)[0]), atol=1e-4)
     more = written.parameters - sum(p.numel() for p in load(mine)[0].parameters())
     assert more > 0
-    assert f"{more:,} parameters more than --format hf" in console.export_text()
+    assert f"{more:,} parameters more (" in console.export_text()
 
 
 def test_as_large_as_dense_is_refused(mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,8 +176,11 @@ def test_as_large_as_dense_is_refused(mine: Path, monkeypatch: pytest.MonkeyPatc
 def test_models_of_one_size_have_names_of_their_own(run: Path) -> None:
     same = [Stored(5, 0.05, 0.0625, 4), Stored(7, 0.07, 0.0625, 6), Stored(9, 0.09, 0.09, 8)]
     source = Source.find(PruneConfig.of_run(run / "config.yaml").model)
-    paths = exporting._paths(opened(run), ExportOptions(), source, same)
-    assert [p.name for p in paths] == ["sparsity-6.2-record-5-hf", "sparsity-6.2-record-7-hf", "sparsity-9-hf"]
+    same.append(Stored(FINAL, 0.09, 0.09, 9))
+    found = dataclasses.replace(opened(run), stored=tuple(same))
+    names = ["sparsity-6.2-record-5-hf", "sparsity-6.2-record-7-hf", "sparsity-9-record-9-hf", "sparsity-9-hf"]
+    assert [p.name for p in exporting._paths(found, ExportOptions(), source, same)] == names
+    assert [p.name for p in exporting._paths(found, ExportOptions(), source, same[:1])] == names[:1]  # alone as well
 
 
 def test_an_adapter_goes_on_training_and_is_exported(mine: Path, tmp_path: Path) -> None:
@@ -202,6 +205,11 @@ def test_an_adapter_goes_on_training_and_is_exported(mine: Path, tmp_path: Path)
         model.merge_and_unload()
     card = (cut.path / "README.md").read_text()
     assert "768 training tokens" in card  # of the run, 24 steps of 2 x 16
+    assert "which may have been trained on" in card
+    with pytest.raises(ConfigError, match="holds something that nuteprune export did not write"):
+        export_run(mine, ExportOptions(format="adapter", out=tmp_path / "adapter", device="cpu"), QUIET)  # it was trained
+    half, _ = load_adapter(tmp_path / "adapter", trainable=False)
+    assert torch.allclose(logits(half.bfloat16()).float(), after, atol=0.3)  # masks come along
     frozen, _ = load_adapter(tmp_path / "adapter", trainable=False)
     assert not any(p.requires_grad for p in frozen.parameters())
     with pytest.raises(ConfigError, match="not an adapter"):

@@ -417,7 +417,9 @@ def test_rows_that_do_not_divide_are_told(run: Path, tmp_path: Path) -> None:
     assert left
     assert {u.type for u in left} == {"F16"}
     assert all(u.row % 32 for u in left)
-    assert any(f"{len(left)} weights are F16 instead: their rows" in note for note in written.notes)
+    (said,) = [note for note in written.notes if f"{len(left)} weights are F16 instead: their rows" in note]
+    layers = [u.name.split(".")[1] for u in left if "ffn_down" in u.name]
+    assert f"ffn_down of layers {', '.join(layers)}" in said  # every one is named
     assert other_types(written.path, "f16") == []
 
 

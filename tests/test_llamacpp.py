@@ -208,6 +208,30 @@ def test_a_file_that_computes_something_else_is_refused(
         run_beside(tmp_path / "m.gguf", masked, masks, IDS, outtype)
 
 
+@pytest.mark.parametrize("row", [row for row in UNIFORM if row[0] not in ("llama", "mistral", "qwen2", "olmo2")], ids=str)
+def test_layers_filled_up_to_the_widest(row: tuple[str, str, dict[str, Any]], tokenizer: Any, tmp_path: Path) -> None:
+    """Families without an architecture that reads a width for each layer."""
+    family, architecture, changes = row
+    config, masked = made(family, changes)
+    masks = uniform_masks(masked.arch)
+    masks.intermediate[1, 32:] = masks.intermediate[2, :48] = 0.0
+    assert not Compactor(masked, masks).counts.uniform
+    if family == "qwen3":
+        assert not masked.arch.tied  # else it is openelm's
+    assert write(tmp_path / "m.gguf", config, masked, masks, tokenizer) == architecture
+    limit = 1e-3 if config.to_dict().get("hidden_act") == "silu" else 5e-3
+    assert difference(tmp_path / "m.gguf", masked, masks) < limit
+
+
+def test_a_base_in_half_precision_is_compared_too(tokenizer: Any, tmp_path: Path) -> None:
+    config = tiny_config("llama", **SIZES)
+    masked = masked_model(config, torch.bfloat16)
+    masks = contract_masks(masked.arch, seed=2)
+    write(tmp_path / "m.gguf", config, masked, masks, tokenizer)
+    largest, _ = run_beside(tmp_path / "m.gguf", masked, masks, IDS, "f32")
+    assert largest < 1e-3
+
+
 def test_layers_without_attention(tokenizer: Any, tmp_path: Path) -> None:
     """All but the first layer may do without in the file; the first keeps one head of zeros."""
     config, masked = made("llama", {"num_hidden_layers": 5})

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 from nuteprune.compact import Compactor
 
 pytestmark = pytest.mark.quantised
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU; with one set NUTEPRUNE_TEST_GPU=1")
 IDS = torch.arange(5, 45).reshape(2, 20)
 
 
@@ -61,12 +62,13 @@ def test_torchao_weight_only(exported: Path, bits: int) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:MatMul8bitLt")
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_GPU)])
 @pytest.mark.parametrize("options", [{"load_in_8bit": True}, {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}])
-def test_bitsandbytes(exported: Path, options: dict[str, Any]) -> None:
-    """On a CPU here; the same call is the one for a GPU."""
-    plain, quantised = loaded(exported), loaded(exported, BitsAndBytesConfig(**options), device_map="cpu")
+def test_bitsandbytes(exported: Path, options: dict[str, Any], device: str) -> None:
+    plain, quantised = loaded(exported), loaded(exported, BitsAndBytesConfig(**options), device_map=device)
     kinds = {type(m).__name__ for n, m in quantised.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"}
     assert kinds == {"Linear8bitLt" if "load_in_8bit" in options else "Linear4bit"}
     with torch.no_grad():
-        difference = (quantised(IDS).logits.float() - plain(IDS).logits).abs().mean() / plain(IDS).logits.std()
+        found = quantised(IDS.to(device)).logits.float().cpu()
+        difference = (found - plain(IDS).logits).abs().mean() / plain(IDS).logits.std()
     assert 0 < difference < 0.4

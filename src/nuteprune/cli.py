@@ -297,8 +297,9 @@ def bench_command(
     threads: Annotated[int | None, typer.Option("--threads", help="CPU threads; all cores without it.")] = None,
     device: Device = "auto",
     dtype: Annotated[
-        str, typer.Option("--dtype", help="Precision of Hugging Face models: float32, bfloat16 or float16.")
-    ] = "float32",
+        str | None,
+        typer.Option("--dtype", help="Precision of Hugging Face models: float32, bfloat16 or float16; float32 without it."),
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file too.")] = None,
     quiet: Quiet = False,
 ) -> None:
@@ -393,7 +394,8 @@ def _merged(model: str | None, config: Path | None, options: dict[str, Any]) -> 
 def _clean_end() -> None:
     """Ends as after Ctrl-C, leaving nothing behind, when the system asks for it."""
     for number in (signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])):
-        signal.signal(number, lambda got, _: sys.exit(128 + got))
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, lambda got, _: sys.exit(128 + got))
 
 
 def _shares(text: str | None) -> tuple[float, ...]:

@@ -1,11 +1,12 @@
 """Turning what a run holds into files that other programs load: Hugging Face folders, GGUF files, peft adapters.
 
-Everything that can be refused is refused before the base model is read. Each model is compared with the masked model that
-it was trained as before its file takes the place of an older one.
+Everything that can be refused is refused before the base model is read. Each model but an adapter is compared with the masked
+model that it was trained as before its file takes the place of an older one.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -289,8 +290,11 @@ def _checked(folder: Path, options: ExportOptions, reporter: Reporter) -> _Job:
                 f"--sparsity {share:g}: the nearest denser model of this run is {stored.name}, {stored.sparsity:.4f}",
                 *notes,
             )
+        if is_adapter(folder):
+            notes = (*notes, "made from an adapter, which may have been trained on; what is said of training is the run's")
         plans.append(_Plan(stored, path, masks, counts, architecture, notes))
-    return _Job(run, RunFacts.read(folder), options, source, dense, arch, tokenizer, fields, plans, reporter)
+    facts = dataclasses.replace(RunFacts.read(folder), config=config)
+    return _Job(run, facts, options, source, dense, arch, tokenizer, fields, plans, reporter)
 
 
 def _paths(run: Run, options: ExportOptions, source: Source, wanted: list[Stored]) -> list[Path]:
@@ -301,13 +305,13 @@ def _paths(run: Run, options: ExportOptions, source: Source, wanted: list[Stored
     """
     gguf = options.format == "gguf"
     kind = (options.outtype or "f16") if gguf else "-".join(filter(None, (options.format, options.dtype)))
-    labels = [s.label for s in wanted]
-    labels = [n if labels.count(n) == 1 else f"{n}-record-{s.record}" for n, s in zip(labels, wanted, strict=True)]
+    every = [s.label for s in run.stored]  # a name is one model's, whichever are written at once
+    labels = [s.label if every.count(s.label) == 1 or s.record < 1 else f"{s.label}-record-{s.record}" for s in wanted]
     parent = options.out or run.folder / "export"
     paths = [parent / f"sparsity-{label}-{kind}{'.gguf' if gguf else ''}" for label in labels]
     if options.out is not None and len(options.sparsity) < 2:
         paths = [options.out]
-    own = [Path(source.where).resolve()] if source.local else []
+    own = [(Path(source.where) / (source.gguf_file or "")).resolve()] if source.local else []
     for path in paths:
         if gguf and path.suffix != ".gguf":
             raise ConfigError(f"--out {path}: the name of a GGUF file ends with .gguf.")
@@ -334,7 +338,8 @@ def _layout(
     left = checked_counts(arch, masks)
     if options.format == "gguf":
         choice = llamacpp.choose(arch, dense, left)
-        return choice.counts, choice.architecture, choice.notes
+        cost = () if choice.counts == left else (f"the zeros are {_more(arch, left, choice.counts)} than --format hf",)
+        return choice.counts, choice.architecture, (*choice.notes, *cost)
     if options.format == "adapter" and stored.record == INTACT:
         raise ConfigError("--sparsity 0 is the intact model, which has no masks and LoRA weights; leave it out of an adapter.")
     if options.format != "hf-uniform":
@@ -352,13 +357,17 @@ def _layout(
             "the layers of this model differ so much that a stock class, which has one width for all, would be as large as the "
             "dense model; prune with --uniform, or write --format hf."
         )
-    more = elements(arch, widths) - elements(arch, left)
-    share = 100 * more / elements(arch, left)
     note = (
-        f"zeros fill all layers up to the widest, so that a stock class holds them: {more:,} parameters more than --format hf "
-        f"({share:.1f} %). A run with --uniform has no such cost"
+        f"zeros fill all layers up to the widest, so that a stock class holds them: {_more(arch, left, widths)} than --format "
+        "hf. A run with --uniform has no such cost"
     )
     return widths, None, (note,)
+
+
+def _more(arch: Arch, left: Counts, widths: Counts) -> str:
+    """What filling up costs, in words."""
+    more = elements(arch, widths) - elements(arch, left)
+    return f"{more:,} parameters more ({100 * more / elements(arch, left):.2f} %)"
 
 
 @contextmanager
@@ -374,7 +383,11 @@ def _scratch(path: Path) -> Iterator[Path]:
 def _rows_note(left: list[Any], outtype: str) -> str:
     """What is said of weights that could not be quantised as asked for."""
     rows, types = sorted({u.row for u in left}), sorted({u.type for u in left})
-    names = ", ".join(u.name for u in left[:4]) + (", ..." if len(left) > 4 else "")
+    places: dict[str, list[str]] = {}
+    for weight in left:
+        _, layer, what = weight.name.split(".", 2) if weight.name.startswith("blk.") else ("", "", weight.name)
+        places.setdefault(what.removesuffix(".weight"), []).append(layer)
+    names = "; ".join(what + (f" of layers {', '.join(layers)}" if layers != [""] else "") for what, layers in places.items())
     return (
         f"{len(left)} weights are {', '.join(types)} instead: their rows (of {', '.join(map(str, rows))}) do not divide "
         f"into the blocks of {outtype}: {names}. Rows have the hidden size, the intermediate size, or heads x head_dim; "

@@ -240,6 +240,18 @@ class MaskedModel:
         """Units computed in the present role."""
         return self._role.widths
 
+    def keep_masks_with_weights(self) -> None:
+        """From here on the present masks follow the model to another device or precision, before its next forward pass."""
+        embedding = submodule(self.model, self.arch.spec.embedding)
+
+        def follow(module: nn.Module, args: Any) -> None:
+            for holder, attribute, _ in self._sites:
+                mask = getattr(holder, attribute)
+                if mask is not None and (mask.device, mask.dtype) != (embedding.weight.device, embedding.weight.dtype):
+                    object.__setattr__(holder, attribute, mask.to(embedding.weight))
+
+        self.model.register_forward_pre_hook(follow)
+
     def prepare(self, masks: Masks | None, lora: dict[str, Tensor] | None) -> Role:
         """A role, ready to be played: everything on the device, in the order and at the widths of the arrangement.
 

@@ -31,8 +31,8 @@ class BenchOptions:
         new_tokens: tokens generated after it.
         rounds: rounds in which the models take turns.
         threads: CPU threads of each; None for all cores.
-        device: torch device of Hugging Face models; GGUF files run on the CPU.
-        dtype: precision of Hugging Face models.
+        device: torch device of Hugging Face models; GGUF files run on the CPU, and so does a model beside one by default.
+        dtype: precision of Hugging Face models; float32 by default.
     """
 
     prompt_tokens: int = 128
@@ -40,7 +40,7 @@ class BenchOptions:
     rounds: int = 7
     threads: int | None = None
     device: str = "auto"
-    dtype: str = "float32"
+    dtype: str | None = None
 
     def check(self) -> None:
         """Refuses what is wrong by itself.
@@ -52,7 +52,7 @@ class BenchOptions:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"--{name.replace('_', '-')} got {value}; allowed is a whole number from {least}.")
-        if self.dtype not in DTYPES:
+        if self.dtype is not None and self.dtype not in DTYPES:
             raise ConfigError(f"--dtype got {self.dtype!r}; allowed are {', '.join(DTYPES)}.")
 
 
@@ -172,13 +172,19 @@ def run_bench(a: str, b: str, options: BenchOptions | None = None, reporter: Rep
     """
     options, reporter = options or BenchOptions(), reporter or Reporter()
     options.check()
-    device = pick_device(options.device)
+    files = [is_gguf(model) for model in (a, b)]
+    for option, given in (("--dtype", options.dtype), ("--device", options.device if options.device != "auto" else None)):
+        if all(files) and given is not None:
+            raise ConfigError(
+                f"{option} got {given}, but both models are GGUF files, which llama.cpp runs as they are; leave it out."
+            )
+    device = pick_device("cpu" if any(files) and options.device == "auto" else options.device)
     for model in (a, b):
         _check(model, options)
     threads = options.threads or len(
         os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
     )
-    load = Load(options.prompt_tokens, options.new_tokens, threads, str(device), options.dtype)
+    load = Load(options.prompt_tokens, options.new_tokens, threads, str(device), options.dtype or "float32")
     abouts: list[About] = []
     rounds: list[list[Round]] = [[], []]
     peaks = [0, 0]

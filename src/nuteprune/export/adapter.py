@@ -17,7 +17,7 @@ from nuteprune.arch import Arch
 from nuteprune.config import PruneConfig
 from nuteprune.errors import ConfigError
 from nuteprune.export.provenance import FILE as PROVENANCE
-from nuteprune.export.provenance import read_provenance, write_provenance
+from nuteprune.export.provenance import fingerprint, read_provenance, write_provenance
 from nuteprune.files import save_tensors, save_text
 from nuteprune.masking import LoraOptions, MaskedModel
 from nuteprune.masks import Masks
@@ -79,9 +79,8 @@ def write_adapter(folder: Path, run: Path, snapshot: Snapshot, config: PruneConf
     for name in KEPT:
         if (run / name).is_file():
             shutil.copyfile(run / name, folder / name)
-    write_provenance(
-        folder, format="adapter", record=snapshot.record, sparsity=snapshot.sparsity, step=snapshot.step, model=config.model
-    )
+    about = {"record": snapshot.record, "sparsity": snapshot.sparsity, "step": snapshot.step}
+    write_provenance(folder, format="adapter", weights={ADAPTER: fingerprint(folder / ADAPTER)}, **about)
     save_text(folder / "README.md", _CARD.format(base=Path(config.model).name, percent=100 * snapshot.sparsity))
 
 
@@ -167,7 +166,9 @@ def load_adapter(
     stock: PreTrainedModel = model.get_base_model()  # type: ignore[assignment]
     trained = [p for p in stock.parameters() if p.requires_grad]
     masks, _ = read_adapter(path)
-    MaskedModel(stock, arch, config.prune, None).set_masks(masks.to(base.device))
+    masked = MaskedModel(stock, arch, config.prune, None)
+    masked.set_masks(masks)
+    masked.keep_masks_with_weights()
     for parameter in trained:
         parameter.requires_grad_(True)
     for name in ("merge_and_unload", "unload"):  # they put plain modules in place of those that mask

@@ -41,9 +41,10 @@ def run_beside(path: Path, masked: MaskedModel, masks: Masks, ids: list[int], ou
         ExportError: llama.cpp does not run the file, or computes something else.
     """
     found = torch.from_numpy(llama_program.logits(path, ids))
-    with masked.computing_in(torch.float32):
+    with torch.no_grad(), masked.computing_in(torch.float32):  # the head stays as it is
         masked.set_masks(masks)
-        wanted = masked.logits(torch.tensor([ids], device=masked.device))[0].float().cpu()
+        states = masked.forward(torch.tensor([ids], device=masked.device))[0]
+        wanted = masked.arch.capped(states @ masked.head.weight.to(torch.float32).t()).cpu()
     largest = float((found - wanted).abs().max())
     limit = LIMITS.get(outtype, math.inf) * max(1.0, float(wanted.abs().max()))
     if not (math.isfinite(largest) and largest <= limit):

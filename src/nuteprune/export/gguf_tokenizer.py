@@ -102,7 +102,9 @@ def tokenizer_fields(
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         config.to_json_file(Path(folder) / "config.json")
-        gguf.SpecialVocab(folder, load_merges=not pieces, n_vocab=len(tokens)).add_to_gguf(writer, quiet=True)
+        special = gguf.SpecialVocab(folder, load_merges=not pieces, n_vocab=len(tokens))
+        special.add_special_token.clear()  # below
+        special.add_to_gguf(writer, quiet=True)
     encoded = list(tokenizer("a")["input_ids"])
     for name, place in (("bos", slice(None, 1)), ("eos", slice(-1, None))):  # what it does, not what its files say
         token = getattr(tokenizer, f"{name}_token_id")

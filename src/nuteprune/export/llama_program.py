@@ -38,8 +38,9 @@ def quantise(source: Path, target: Path, outtype: str) -> None:
     """
     try:
         code, said = in_fresh_process(_quantise, str(source), str(target), outtype)[0]
-    except MeasurementError as error:
-        raise ExportError(f"llama.cpp ended while it quantised to {outtype}; its own messages stand above.") from error
+    except (MeasurementError, RuntimeError) as error:
+        last = str(error).strip().splitlines()[-1]
+        raise ExportError(f"llama.cpp ended while it quantised to {outtype}: {last}") from error
     if code != 0:
         raise ExportError(f"llama.cpp could not quantise to {outtype}: {said or f'code {code}'}. Try --outtype f16 or q8_0.")
 

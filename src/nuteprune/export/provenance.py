@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -33,10 +34,23 @@ def read_provenance(folder: Path) -> dict[str, Any]:
         raise DataError(f"{folder / FILE} is not what nuteprune writes ({error}); export the adapter again.") from error
 
 
+def fingerprint(path: Path) -> str:
+    """The SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def may_replace(path: Path) -> bool:
-    """Whether a path is free, an empty folder, or an earlier export."""
+    """Whether a path is free, an empty folder, or an earlier export as it was written.
+
+    An adapter that was trained since is not, nor is a folder with others in it.
+    """
     if path.is_dir():
-        return (path / FILE).is_file() or not any(path.iterdir())
+        if not (path / FILE).is_file():
+            return not any(path.iterdir())
+        weights = read_provenance(path).get("weights", {})
+        same = all((path / n).is_file() and fingerprint(path / n) == wanted for n, wanted in weights.items())
+        return same and not any(p.is_dir() for p in path.iterdir())
     if not path.exists():
         return True
     with path.open("rb") as file:
