@@ -193,6 +193,16 @@ def test_qwen2_s_own_architecture_wants_heads_as_wide_as_the_stream() -> None:
         assert choose(arch, config, counts).architecture.name == name
 
 
+def test_what_uniform_widths_cannot_mend_says_so() -> None:
+    config = tiny_config("olmo2", **SIZES, tie_word_embeddings=False)
+    arch = Arch.from_config(config)
+    with pytest.raises(
+        ExportError, match=r"as wide as the hidden size\); prune heads and hidden size by the same share, or neither"
+    ):
+        choose(arch, config, Counts((1,) * 4, (2,) * 4, (96,) * 4, 64))
+    assert choose(arch, config, Counts((1,) * 4, (2,) * 4, (96,) * 4, 32)).architecture.name == "olmo2"
+
+
 def test_patterns_that_llama_cpp_takes_for_granted() -> None:
     """A layer that is gone moves the alternation of sliding and full attention, which llama.cpp would not know."""
     config = tiny_config("gemma2", **SIZES | {"num_hidden_layers": 6, "query_pre_attn_scalar": 16})

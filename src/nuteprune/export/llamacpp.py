@@ -166,6 +166,8 @@ def choose(arch: Arch, dense: PretrainedConfig, counts: Counts) -> Choice:
             return Choice(architecture, widths, _notes(architecture, dense, "all layers were filled up to the widest"))
         of_widths = of_widths and (why is None or why in _OF_WIDTHS)
     advice = "prune it with --uniform, which gives all layers the same widths and keeps them all" if of_widths else CONVERTER
+    if of_widths and counts.uniform and len(counts.layers) == arch.dims.layers:  # it was
+        advice = "prune heads and hidden size by the same share, or neither"
     raise ExportError(f"llama.cpp cannot hold this {arch.spec.model_type} model ({'; '.join(refusals)}); {advice}.")
 
 
