@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
 from conftest import tiny_config
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from nuteprune.arch import Arch
@@ -52,6 +53,7 @@ def as_masks(kept: dict[str, torch.Tensor]) -> Masks:
     head_unit=st.sampled_from(["group", "query"]),
     uniform=st.booleans(),
 )
+@example("gemma3", 0.5, ("hidden",), (1, 1, 1), 0, False, "group", True)
 def test_discrete_size_is_the_nearest_not_above(
     name: str,
     sparsity: float,
@@ -97,10 +99,11 @@ def test_discrete_size_is_the_nearest_not_above(
         if arch.spec.divisible:
             assert counts.hidden % max(g * q for g, q in zip(counts.groups, counts.queries, strict=True)) == 0
     cost = size.unit_cost(head_unit)  # what is left over is less than a step of some unit
+    whole = arch.dims.groups * arch.dims.queries if uniform and arch.spec.divisible else 1  # heads, which divide the stream
     steps = {
         "heads": rounding[0],
         "intermediate": rounding[1],
-        "hidden": 2 * rounding[2],
+        "hidden": 2 * math.lcm(rounding[2], whole),
         "attention": 1,
         "mlp": 1,
         "layers": 1,
