@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
-import operator
 import subprocess
 import sys
 from pathlib import Path
@@ -181,8 +179,8 @@ def test_zeros_that_fill_layers_up_change_nothing(family: str, changes: dict[str
     masked = masked_model(config)
     masks = contract_masks(masked.arch, 3, head_unit)
     left = Compactor(masked, masks).counts
-    deci, openelm = (functools.partial(least, ARCHITECTURES[name]) for name in ("deci", "openelm"))
-    for fill in (operator.attrgetter("widest"), deci, openelm):
+    deci, openelm = (least(ARCHITECTURES[name], left) for name in ("deci", "openelm"))
+    for fill in (left.widest, deci, openelm):
         filled = Compactor(masked, masks, fill=fill).counts
         assert filled.layers == left.layers
         assert filled != left
@@ -190,7 +188,7 @@ def test_zeros_that_fill_layers_up_change_nothing(family: str, changes: dict[str
     assert left.widest.uniform
     narrow = dataclasses.replace(left, intermediate=tuple(n // 2 for n in left.intermediate))
     with pytest.raises(ValueError, match="a width is smaller"):
-        Compactor(masked, masks, fill=lambda _: narrow)
+        Compactor(masked, masks, fill=narrow)
 
 
 class NoTokenizer:

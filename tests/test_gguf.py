@@ -50,7 +50,7 @@ def no_llama_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def write(path: Path, config: Any, masked: MaskedModel, masks: Masks, outtype: str = "f32") -> Compactor:
     choice = choose(masked.arch, config, Compactor(masked, masks).counts)
-    compactor = Compactor(masked, masks, torch.float32, lambda _: choice.counts)
+    compactor = Compactor(masked, masks, torch.float32, choice.counts)
     fields = tokenizer_fields(Source("tiny", "."), byte_level("smollm"), config)
     write_gguf(path, compactor, config, choice.architecture, fields, outtype, "tiny")
     return compactor

@@ -103,7 +103,7 @@ def write(path: Path, config: Any, masked: MaskedModel, masks: Masks, tokenizer:
     left = Compactor(masked, masks).counts
     choice = choose(masked.arch, config, left)
     fields = tokenizer_fields(Source("tiny", "."), tokenizer, config)
-    compactor = Compactor(masked, masks, torch.float32, lambda _: choice.counts)
+    compactor = Compactor(masked, masks, torch.float32, choice.counts)
     write_gguf(path, compactor, config, choice.architecture, fields, outtype, "tiny")
     return choice.architecture.name
 

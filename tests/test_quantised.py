@@ -29,7 +29,7 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     masks.intermediate[:, 32:64] = 0.0
     masks.intermediate[0, :32], masks.intermediate[2:, :32], masks.intermediate[2:, 64:] = 0.5, 0.5, 0.6
     masks.intermediate[0, 64:] = 0.0
-    save(folder, Compactor(masked, masks, fill=(lambda left: left.widest) if request.param == "hf-uniform" else None), config)
+    save(folder, Compactor(masked, masks, fill=masks.counts().widest if request.param == "hf-uniform" else None), config)
     return folder
 
 

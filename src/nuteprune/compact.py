@@ -14,7 +14,7 @@ their rows and columns compute zero, and norms count them in, so the model stays
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +34,8 @@ class Compactor:
         masked: the intact model with the LoRA weights to merge in place.
         masks: discrete masks; zeros are removed, other values folded.
         dtype: precision of the tensors made; the base model's by default (the arithmetic is float64).
-        fill: widths to fill up to with zeros, from those that masks leave (`Masks.counts`); None for no zeros. A layer with
-            nothing left has none; the hidden size cannot be filled up.
+        fill: widths to fill up to with zeros; None for those that masks leave (`Masks.counts`). A layer with nothing left has
+            none; the hidden size cannot be filled up.
 
     Attributes:
         counts: widths of the model made.
@@ -51,15 +51,15 @@ class Compactor:
         masked: MaskedModel,
         masks: Masks,
         dtype: torch.dtype | None = None,
-        fill: Callable[[Counts], Counts] | None = None,
+        fill: Counts | None = None,
     ) -> None:
         self.masked, self.masks = masked, masks.to(masked.device)
         self.dtype = dtype or masked.model.dtype
         self.arch, self.spec = masked.arch, masked.arch.spec
         dims = self.arch.dims
         left = checked_counts(self.arch, self.masks)
-        self.counts = left if fill is None else fill(left)
-        if fill is not None and not _holds(self.counts, left):
+        self.counts = fill or left
+        if not _holds(self.counts, left):
             raise ValueError(f"zeros cannot fill {left} up to {self.counts}: a width is smaller, or the hidden size differs")
         self.kept_layers = self.counts.layers
         self._hidden = self.masks.kept((Axis.HIDDEN,), 0, dims)

@@ -172,7 +172,7 @@ class _Job:
     def compared(self, plan: _Plan, masked: MaskedModel, text: Tensor) -> Equality:
         """Compares the model to be written with the masked one."""
         with self.reporter.counter(f"comparing {plan.stored.name} with the masked model"):
-            return check_equal(masked, plan.masks, self.dense, text, fill=lambda _: plan.counts)
+            return check_equal(masked, plan.masks, self.dense, text, fill=plan.counts)
 
     def exported(self, plan: _Plan, size: int, equality: Equality | None, notes: tuple[str, ...]) -> Exported:
         """The result of a plan."""
@@ -183,7 +183,7 @@ class _Job:
         """A Hugging Face folder with its card."""
         options, equality = self.options, self.compared(plan, masked, text)
         dtype = pick_save_dtype(options.dtype or self.config.save_dtype, self.dense)
-        compactor = Compactor(masked, plan.masks, dtype, lambda _: plan.counts)
+        compactor = Compactor(masked, plan.masks, dtype, plan.counts)
         most = parse_size(options.max_shard_size or SHARD)
         generation = masked.model.generation_config
         with (
@@ -206,7 +206,7 @@ class _Job:
         assert plan.architecture is not None
         outtype, equality = self.options.outtype or "f16", self.compared(plan, masked, text)
         by_llama = outtype not in PLAIN and llama_program.installed()
-        compactor = Compactor(masked, plan.masks, torch.float32, lambda _: plan.counts)
+        compactor = Compactor(masked, plan.masks, torch.float32, plan.counts)
         name = f"{Path(self.source.name).name}, {100 * plan.stored.sparsity:.1f} % of its blocks pruned"
         notes = list(plan.notes)
         with atomic_file(plan.path) as temporary, _scratch(temporary) as floats:
@@ -272,20 +272,21 @@ def _checked(folder: Path, options: ExportOptions, reporter: Reporter) -> _Job:
     if is_adapter(folder):
         config = adapter_options(folder, config, arch)
     run = Run.open(folder, config, arch)
-    asked = {run.pick(s): s for s in reversed(options.sparsity or (None,))}  # of two that come to one, the first
-    wanted = list(dict.fromkeys(run.pick(s) for s in options.sparsity or (None,)))
+    asked: dict[Stored, float | None] = {}
+    for share in options.sparsity or (None,):
+        asked.setdefault(run.pick(share), share)  # of two that come to one model, the first
     tokenizer = source.tokenizer(arch.dims.vocab)
-    paths = _paths(run, options, source, wanted)
+    paths = _paths(run, options, source, list(asked))
     fields: list[Any] = []
     if options.format == "gguf":
         from nuteprune.export.gguf_tokenizer import tokenizer_fields
 
         fields = tokenizer_fields(source, tokenizer, dense, options.tokenizer_pre)
     plans = []
-    for stored, path in zip(wanted, paths, strict=True):
+    for (stored, share), path in zip(asked.items(), paths, strict=True):
         masks = run.masks(stored, arch)
         counts, architecture, notes = _layout(options, arch, dense, stored, masks)
-        if (share := asked[stored]) is not None and abs(stored.wanted - share) > SAME:
+        if share is not None and abs(stored.wanted - share) > SAME:
             notes = (
                 f"--sparsity {share:g}: the nearest denser model of this run is {stored.name}, {stored.sparsity:.4f}",
                 *notes,

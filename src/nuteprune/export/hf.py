@@ -220,7 +220,7 @@ def check_equal(
     blocks: Tensor,
     dtype: torch.dtype = torch.float32,
     tolerance: float = TOLERANCE,
-    fill: Callable[[Counts], Counts] | None = None,
+    fill: Counts | None = None,
 ) -> Equality:
     """Compares logits of the compact and the masked model on real text; both exist layer by layer only.
 

@@ -36,11 +36,7 @@ def quantise(source: Path, target: Path, outtype: str) -> None:
     Raises:
         ExportError: llama.cpp could not.
     """
-    try:
-        code, said = in_fresh_process(_quantise, str(source), str(target), outtype)[0]
-    except (MeasurementError, RuntimeError) as error:
-        last = str(error).strip().splitlines()[-1]
-        raise ExportError(f"llama.cpp ended while it quantised to {outtype}: {last}") from error
+    code, said = _checked(f"quantise {source.name} to {outtype}", _quantise, str(source), str(target), outtype)
     if code != 0:
         raise ExportError(f"llama.cpp could not quantise to {outtype}: {said or f'code {code}'}. Try --outtype f16 or q8_0.")
 
@@ -53,7 +49,7 @@ def logits(path: Path, ids: Sequence[int], threads: int | None = None) -> np.nda
     Raises:
         ExportError: llama.cpp does not load or run the file.
     """
-    return _checked(path, _logits, str(path), list(ids), threads)  # type: ignore[no-any-return]
+    return _checked(f"run {path.name}", _logits, str(path), list(ids), threads)  # type: ignore[no-any-return]
 
 
 def continuations(path: Path, prompts: Sequence[Sequence[int]], tokens: int, threads: int | None = None) -> list[list[int]]:
@@ -62,7 +58,7 @@ def continuations(path: Path, prompts: Sequence[Sequence[int]], tokens: int, thr
     Raises:
         ExportError: llama.cpp does not load or run the file.
     """
-    return _checked(path, _continuations, str(path), [list(p) for p in prompts], tokens, threads)  # type: ignore[no-any-return]
+    return _checked(f"run {path.name}", _continuations, str(path), [list(p) for p in prompts], tokens, threads)  # type: ignore[no-any-return]
 
 
 def tokenised(path: Path, texts: Sequence[str]) -> list[list[int]]:
@@ -71,15 +67,16 @@ def tokenised(path: Path, texts: Sequence[str]) -> list[list[int]]:
     Raises:
         ExportError: llama.cpp does not load the file.
     """
-    return _checked(path, _tokenised, str(path), list(texts))  # type: ignore[no-any-return]
+    return _checked(f"run {path.name}", _tokenised, str(path), list(texts))  # type: ignore[no-any-return]
 
 
-def _checked(path: Path, function: Any, *args: Any) -> Any:
+def _checked(what: str, function: Any, *args: Any) -> Any:
+    """Calls a function in a process of its own; an error says what llama.cpp does not do."""
     try:
         return in_fresh_process(function, *args)[0]
     except (MeasurementError, RuntimeError) as error:
         last = str(error).strip().splitlines()[-1]
-        raise ExportError(f"llama.cpp does not run {path.name}: {last}") from error
+        raise ExportError(f"llama.cpp does not {what}: {last}") from error
 
 
 _errors: list[str] = []  # what llama.cpp said was wrong, in this process
