@@ -39,7 +39,7 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 SURFACE = """
 batch-size checkpoint-every compile config control control-lr data device dtype gate-init gate-init-batches gate-lr
 gate-width gates grad-clip gradient-checkpointing head-bias head-unit help hidden-loss hidden-weight keep-checkpoints
-kl-weight lm-weight lora-alpha lora-rank lora-targets lr lr-schedule out prune quiet recipe recovery round-heads
+kl-weight lm-weight lora-alpha lora-rank lora-targets lr lr-schedule method out prune quiet recipe recovery round-heads
 round-hidden round-intermediate save-dtype seed seq-len snapshot-every sparsity steps target-shape teacher-lag
 teachers temperature text-key tokens track uniform warmup weight-decay
 """.split()

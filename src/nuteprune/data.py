@@ -198,7 +198,7 @@ class Blocks:
         """Blocks by number, int64 [len(indices), seq_len]; `part` is train or held_out."""
         with safe_open(self.path, framework="pt") as file:
             mapped = file.get_slice(part)
-            return torch.cat([mapped[i : i + 1] for i in indices]).long()
+            return torch.cat([mapped[:0], *(mapped[i : i + 1] for i in indices)]).long()
 
     def batch(self, step: int, batch_size: int, seed: int) -> Tensor:
         """The batch of a step, int64 [batch_size, seq_len]; a function of its arguments alone.

@@ -216,24 +216,13 @@ class GateSet(nn.Module):
         }
 
     @torch.no_grad()
-    def start_from_importance(self, importance: Unit, unit_cost: dict[str, float], head_bias: float) -> None:
-        """Starts the gates at log importance per removed parameter, standardised per kind, heads and blocks favoured.
+    def start_from(self, scores: Unit) -> None:
+        """Starts the gates at scores, moved and, where the gates have limits, drawn together so that all are open.
 
         Args:
-            importance: non-negative importance by kind, shapes of `log_alpha`.
-            unit_cost: parameters that go with one unit, by kind.
-            head_bias: standard deviations added to the scores of heads and of whole blocks.
+            scores: by kind, shapes of `log_alpha`; the higher, the longer a unit stays.
         """
-        scores: Unit = {}
-        for kind, parameter in self.log_alpha.items():
-            per_parameter = importance[kind].float().to(parameter.device) / unit_cost[kind]
-            positive = per_parameter[per_parameter > 0]
-            floor = float(positive.min()) if positive.numel() else 1.0
-            score = per_parameter.clamp_min(floor).log()
-            spread = score.std()
-            score = (score - score.mean()) / spread if spread > 1e-6 else torch.zeros_like(score)
-            scores[kind] = score + (0.0 if kind in ("intermediate", "hidden") else head_bias)
-        # All gates start open: the weakest unit stands at the edge, or, where there are limits, as near as they allow.
+        # The weakest unit stands at the edge, or, where there are limits, as near as they allow.
         lowest = min(float(s.min()) for s in scores.values())
         highest = max(float(s.max()) for s in scores.values())
         start, top = min(self.gate.open, 1.0), self.gate.limits[1]

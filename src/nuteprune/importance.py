@@ -1,19 +1,84 @@
-"""First-order Taylor importance of units, to start the gates from."""
+"""Importance of units: what the gates start from, and what the one-shot methods prune by.
+
+Four criteria of the literature, each measured on the intact model, and the one way in which their figures become scores
+that units of different kinds and layers can be compared by.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from nuteprune.arch import Axis, submodule
 from nuteprune.gates import GateSet
 from nuteprune.losses import head_loss
 from nuteprune.masking import MaskedModel
 from nuteprune.size import Unit
 
+Progress = Callable[[int, int], None]
+READERS = {"heads": Axis.QUERY, "intermediate": Axis.INTERMEDIATE}  # the axis that the units of a kind lie along
 
-def taylor(masked: MaskedModel, gates: GateSet, sequences: Tensor, progress: Callable[[int, int], None] | None = None) -> Unit:
+
+def unit_scores(
+    criterion: str,
+    masked: MaskedModel,
+    gates: GateSet,
+    sequences: Tensor,
+    unit_cost: dict[str, float],
+    head_bias: float = 0.0,
+    progress: Progress | None = None,
+) -> Unit:
+    """Scores of units by a criterion, comparable across layers and kinds: the higher, the more a unit is worth.
+
+    Args:
+        criterion: taylor, magnitude, wanda or flap.
+        masked: the intact model; its masks are cleared afterwards.
+        gates: says which units there are; their values are not read.
+        sequences: token ids, int64 [sequences, tokens]; magnitude does not read them.
+        unit_cost: parameters that go with one unit, by kind.
+        head_bias: standard deviations by which heads and whole blocks are favoured; flap has a balance of its own.
+        progress: called with sequences done and their number.
+
+    Returns:
+        Scores by pruned kind, shapes of `gates.log_alpha`, float32, on the CPU.
+    """
+    masked.set_masks(None)
+    if criterion == "flap":
+        return flap(masked, gates, sequences, progress)
+    if criterion == "magnitude":
+        importance = magnitude(masked, gates)
+    else:
+        importance = {"taylor": taylor, "wanda": wanda}[criterion](masked, gates, sequences, progress)
+    return standardised(importance, unit_cost, head_bias)
+
+
+def standardised(importance: Unit, unit_cost: dict[str, float], head_bias: float) -> Unit:
+    """Log importance per removed parameter, with mean 0 and deviation 1 in each kind, heads and whole blocks favoured.
+
+    Importance per parameter alone removes nearly all heads first (design, section 7).
+
+    Args:
+        importance: non-negative, by kind.
+        unit_cost: parameters that go with one unit, by kind.
+        head_bias: standard deviations added to the scores of heads and of whole blocks.
+    """
+    scores: Unit = {}
+    for kind, value in importance.items():
+        per_parameter = value.float() / unit_cost[kind]
+        positive = per_parameter[per_parameter > 0]
+        floor = float(positive.min()) if positive.numel() else 1.0
+        score = per_parameter.clamp_min(floor).log()
+        spread = score.std()
+        score = (score - score.mean()) / spread if spread > 1e-6 else torch.zeros_like(score)
+        scores[kind] = score + (0.0 if kind in ("intermediate", "hidden") else head_bias)
+    return scores
+
+
+def taylor(masked: MaskedModel, gates: GateSet, sequences: Tensor, progress: Progress | None = None) -> Unit:
     """Mean over sequences of |d loss / d mask| at open masks.
 
     The derivative with respect to a unit's mask is the first-order change of the loss when the unit is removed
@@ -21,7 +86,7 @@ def taylor(masked: MaskedModel, gates: GateSet, sequences: Tensor, progress: Cal
 
     Args:
         masked: the model; its masks are cleared afterwards.
-        gates: says which units there are; their values are not read.
+        gates: says which units there are.
         sequences: token ids, int64 [sequences, tokens]; the loss is the next token's cross entropy.
         progress: called with sequences done and their number.
 
@@ -42,3 +107,131 @@ def taylor(masked: MaskedModel, gates: GateSet, sequences: Tensor, progress: Cal
             progress(index + 1, len(sequences))
     masked.set_masks(None)
     return {kind: value / len(sequences) for kind, value in total.items()}
+
+
+def magnitude(masked: MaskedModel, gates: GateSet) -> Unit:
+    """Sum of the squares of the decoder-block weights that go with a unit (Han et al. 2015, by unit).
+
+    The sum over all weights, each times its masks, squared: half its derivative with respect to a unit's mask is the sum
+    over that unit's weights, whatever they are in a family.
+
+    Returns:
+        Importance by pruned kind, shapes of `gates.log_alpha`, float32, on the CPU.
+    """
+    arch = masked.arch
+    total: Unit = {kind: torch.zeros(a.shape) for kind, a in gates.log_alpha.items()}
+    for layer in range(arch.dims.layers):  # one at a time: the squares of a layer are as large as the layer
+        leaves = {kind: torch.ones_like(a, requires_grad=True) for kind, a in gates.log_alpha.items()}
+        masks = gates.expand(leaves)
+        squares = torch.zeros((), device=masked.device)
+        for name, shape in arch.parameters.items():
+            weight = masked.parameter(layer, name).detach().float().square()
+            block = masks.attention if arch.spec.block_of(name) == "attention" else masks.mlp
+            for position, dim in enumerate(shape):
+                along = torch.cat([masks.values(axis, layer, arch.dims) for axis in dim]).to(weight.device)
+                weight = weight * along.square().view(-1, *[1] * (len(shape) - 1 - position))
+            squares = squares + weight.sum() * block[layer].square()
+        found = torch.autograd.grad(squares, list(leaves.values()), allow_unused=True)
+        for kind, gradient in zip(leaves, found, strict=True):
+            if gradient is not None:
+                total[kind] += gradient.float().cpu() / 2
+    return total
+
+
+def wanda(masked: MaskedModel, gates: GateSet, sequences: Tensor, progress: Progress | None = None) -> Unit:
+    """Sum of |weight| times the norm of its input over the output projection's columns that a unit feeds.
+
+    Wanda (arXiv 2306.11695) summed over a structure, as FLAP's authors do for their comparison ("Wanda-sp",
+    arXiv 2312.11983).
+
+    Returns:
+        Importance of heads and intermediate channels, shapes of `gates.log_alpha`, float32, on the CPU.
+    """
+    inputs = input_statistics(masked, gates, sequences, progress)
+    return {
+        kind: _by_unit(gates, kind, [seen.weight.abs().sum(0) * seen.square.sqrt() for seen in layers]).sum(-1)
+        for kind, layers in inputs.items()
+    }
+
+
+def flap(masked: MaskedModel, gates: GateSet, sequences: Tensor, progress: Progress | None = None) -> Unit:
+    """Variance of an input channel times its weights' squared norm, standardised within each layer and kind.
+
+    FLAP's weighted fluctuation (WIFV) and adaptive structure (arXiv 2312.11983, section 4); a head's score is the mean of
+    its channels'. FLAP's bias compensation is not part of it: stock models have no such biases, and `repair` does more.
+
+    Returns:
+        Scores of heads and intermediate channels, shapes of `gates.log_alpha`, float32, on the CPU.
+    """
+    inputs = input_statistics(masked, gates, sequences, progress)
+    scores: Unit = {}
+    for kind, layers in inputs.items():
+        found = [seen.weight.square().sum(0) * (seen.square - seen.mean.square()).clamp_min(0.0) for seen in layers]
+        scores[kind] = _by_unit(gates, kind, [(f - f.mean()) / f.std().clamp_min(1e-30) for f in found]).mean(-1)
+    return scores
+
+
+@dataclass(frozen=True)
+class InputStatistics:
+    """What an output projection reads.
+
+    Attributes:
+        weight: its weight, float64 [out, channels].
+        mean: mean of each input channel over the tokens, float64 [channels].
+        square: mean of its square.
+    """
+
+    weight: Tensor
+    mean: Tensor
+    square: Tensor
+
+
+@torch.no_grad()
+def input_statistics(
+    masked: MaskedModel, gates: GateSet, sequences: Tensor, progress: Progress | None = None
+) -> dict[str, list[InputStatistics]]:
+    """Statistics of what the output projections of the intact model read, by unit kind and layer, on the CPU."""
+    arch = masked.arch
+    kinds = {kind: next(iter(arch.linears(in_=READERS[kind]))) for kind in gates.log_alpha}
+    sums = {kind: [torch.zeros(2, arch.dims.size(READERS[kind]), dtype=torch.float64) for _ in masked.layers] for kind in kinds}
+
+    def see(kind: str, layer: int, x: Tensor) -> None:
+        flat = x.flatten(0, -2).double()
+        sums[kind][layer] += torch.stack([flat.sum(0), flat.square().sum(0)]).cpu()
+
+    with observed(masked, kinds, see):
+        for index, row in enumerate(sequences):
+            masked.forward(row.unsqueeze(0).to(masked.device))
+            if progress is not None:
+                progress(index + 1, len(sequences))
+    tokens = sequences.numel()
+    return {
+        kind: [
+            InputStatistics(masked.parameter(layer, f"{path}.weight").detach().double().cpu(), *(sums[kind][layer] / tokens))
+            for layer in range(arch.dims.layers)
+        ]
+        for kind, path in kinds.items()
+    }
+
+
+@contextmanager
+def observed(masked: MaskedModel, kinds: dict[str, str], see: Callable[[str, int, Tensor], None]) -> Iterator[None]:
+    """Inside the block, `see` is called with kind, layer and input [..., in] of the modules at these paths."""
+    hooks = []
+    try:
+        for index, layer in enumerate(masked.layers):
+            for kind, path in kinds.items():
+
+                def before(module: torch.nn.Module, args: tuple[Tensor, ...], kind: str = kind, index: int = index) -> None:
+                    see(kind, index, args[0].detach())
+
+                hooks.append(submodule(layer, path).register_forward_pre_hook(before, prepend=True))
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _by_unit(gates: GateSet, kind: str, layers: list[Tensor]) -> Tensor:
+    """Values of channels, [channels] a layer, as [*shape of the kind's gates, channels a unit], float32."""
+    return torch.stack(layers).float().view(*gates.log_alpha[kind].shape, -1)

@@ -276,7 +276,7 @@ class _Job:
                 config.data,
                 self.tokenizer,
                 seq_len=config.seq_len,
-                blocks=config.total_steps * config.batch_size,
+                blocks=max(config.total_steps * config.batch_size, config.calibration),
                 held_out=HELD_OUT,
                 least=config.batch_size,
                 seed=config.seed,
@@ -294,8 +294,7 @@ class _Job:
                 trainer.load()
                 reporter.say(f"going on from step {trainer.state.step} of {trainer.total}")
             else:
-                taylor = self.config.gate_init == "taylor"
-                with reporter.counter("importance of units" if taylor else "first checkpoint") as progress:
+                with reporter.counter("importance of units" if self.config.calibration else "first checkpoint") as progress:
                     trainer.start(progress)
             if self.train(run, trainer, reporter):
                 return PruneResult(run, True, self.finish(run, trainer, reporter))

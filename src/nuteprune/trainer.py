@@ -31,7 +31,7 @@ from nuteprune.data import Blocks
 from nuteprune.discretise import Discretiser, Rounding
 from nuteprune.errors import TrainingError
 from nuteprune.gates import Deterministic, Gate, GateSet, HardConcrete
-from nuteprune.importance import taylor
+from nuteprune.importance import unit_scores
 from nuteprune.losses import HiddenLoss, head_loss
 from nuteprune.masking import LoraOptions, MaskedModel, Role
 from nuteprune.masks import Masks
@@ -131,11 +131,11 @@ class Trainer:
                 f"--teacher-lag {self.config.teacher_lag} is not below the {self.last_record} records that a sparsity of "
                 f"{self.config.sparsity:g} leaves, so only the intact model will teach; lower it for numerous teachers"
             )
-        if self.config.gate_init == "taylor":
-            count = min(self.config.gate_init_batches * self.config.batch_size, self.blocks.count)
-            importance = taylor(self.masked, self.gates, self.blocks.read(list(range(count))), progress)
+        if (criterion := self.config.gate_init) != "open":
+            text = self.blocks.read(list(range(min(self.config.calibration, self.blocks.count))))
             cost = self.size.unit_cost(self.config.head_unit)
-            self.gates.start_from_importance(importance, cost, self.config.head_bias)
+            scores = unit_scores(criterion, self.masked, self.gates, text, cost, self.config.head_bias, progress)
+            self.gates.start_from(scores)
         self.save()
 
     def run(self, log: Log, stop: Callable[[], bool] = lambda: False) -> bool:
@@ -327,6 +327,10 @@ class Trainer:
     @torch.no_grad()
     def discrete(self, sparsity: float) -> tuple[Masks, float]:
         """The gates as discrete masks of a sparsity, and the expected sparsity that they stood at."""
+        if self.config.one_shot:  # the gates were never soft
+            scores = self.gates.scores()
+            whole = {kind: torch.ones_like(value) for kind, value in self.gates.values(scores).items()}
+            return self.discretiser.masks(scores, whole, sparsity), sparsity
         scores, expected = self.gate_scores(sparsity)
         return self.discretiser.masks(scores, self.gates.values(scores), sparsity), float(expected)
 

@@ -108,11 +108,10 @@ def on_gpu(gpu: Gpu, cost: StepCost, config: PruneConfig) -> GpuEstimate:
     """
     step = seconds(gpu, cost.work)
     importance = 0.0
-    if config.gate_init == "taylor":  # sequence by sequence
-        sequences = min(config.gate_init_batches, config.total_steps) * config.batch_size
-        student = cost.student + cost.heads + cost.backward
+    if config.calibration:  # sequence by sequence
+        student = cost.student + cost.heads + cost.backward if config.gate_init == "taylor" else cost.student
         launches = LAUNCH * len(student.operations)
-        importance = sequences * max(seconds(gpu, student, launch=0.0) / config.batch_size, launches)
+        importance = config.calibration * max(seconds(gpu, student, launch=0.0) / config.batch_size, launches)
     return GpuEstimate(gpu, cost.peak * SLACK + CONTEXT, step, importance + config.total_steps * step)
 
 

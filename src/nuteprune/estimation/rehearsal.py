@@ -143,7 +143,7 @@ def rehearse(config: PruneConfig, progress: Progress) -> Rehearsal:
 def random_blocks(path: Path, config: PruneConfig) -> Blocks:
     """Token blocks of a run's shape that hold random tokens; what a step costs does not depend on the tokens."""
     _, arch = describe(Source.find(config.model))
-    rows = config.total_steps * config.batch_size + APART
+    rows = max(config.total_steps * config.batch_size, config.calibration) + APART
     ids = torch.randint(arch.dims.vocab, (rows, config.seq_len), generator=torch.Generator().manual_seed(0)).int()
     save_tensors(path, {"train": ids[APART:].clone(), "held_out": ids[:APART].clone()})
     return Blocks.open(path)
@@ -162,9 +162,8 @@ class _Stopwatch(Reporter):
         self._trained_before = 0.0
         self._checkpoint_every = config.checkpoint_every
         self._tell, self._batch = progress, config.batch_size
-        taylor = config.gate_init_batches * config.batch_size if config.gate_init == "taylor" else 0
         self._work = {"importance of units": 3}
-        self._total = 3 * taylor + 4 * config.batch_size * config.total_steps + 2 * APART
+        self._total = 3 * config.calibration + 4 * config.batch_size * config.total_steps + 2 * APART
         self._done = 0
 
     @property
@@ -252,8 +251,7 @@ def run_time(config: PruneConfig, rehearsed: Rehearsal, start_up: float) -> RunT
     first = rehearsed.stages[0]  # importance, or the first checkpoint
     importance = first.ended - first.began
     if first.ticks:
-        sequences = min(config.gate_init_batches, config.total_steps) * config.batch_size
-        importance += (sequences - len(first.ticks)) * first.each
+        importance += (config.calibration - len(first.ticks)) * first.each
     last = [stage for stage in rehearsed.stages[1:] if stage.ticks]
     apart = min(HELD_OUT, (config.total_steps * config.batch_size + HELD_OUT) // 10)
     end = rehearsed.seconds - rehearsed.trained + sum((apart - len(stage.ticks)) * stage.each for stage in last)

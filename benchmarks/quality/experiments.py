@@ -1,0 +1,72 @@
+"""The list of experiments: groups that share a budget and an evaluation, each with its runs and their seeds."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+FOLDER = Path(__file__).parent
+LIST = FOLDER / "experiments.yaml"
+RESULTS = FOLDER / "results"
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One run of `nuteprune prune` and its evaluation.
+
+    Attributes:
+        group: experiments that are compared with each other.
+        name: what differs from the others of the group.
+        seed: of the run.
+        options: of `nuteprune prune`; data files relative to the data folder. Empty: the dense model is evaluated.
+        evaluate: `ppl` (texts relative to the data folder, or names that `nuteprune eval` knows), `windows`, and perhaps
+            `tasks` and `limit`.
+    """
+
+    group: str
+    name: str
+    seed: int
+    options: dict[str, Any]
+    evaluate: dict[str, Any]
+
+    @property
+    def key(self) -> str:
+        """Name of its folder below results/ and of its run."""
+        return f"{self.group}/{self.name}" + (f"-s{self.seed}" if self.options else "")
+
+    @property
+    def result(self) -> Path:
+        """Where its figures are kept."""
+        return RESULTS / self.key / "result.json"
+
+
+def read(path: Path = LIST, only: str = "*") -> list[Experiment]:
+    """The experiments of a list, in its order.
+
+    Args:
+        path: YAML: `options` for all; `groups` with `options`, `evaluate`, `seeds` and `runs`, a mapping of names to options
+            (and `seeds`).
+        only: a pattern for their keys, such as "ablation/*"; several, separated by commas.
+
+    Raises:
+        SystemExit: a group or a run has a key that is none.
+    """
+    listed = yaml.safe_load(path.read_text(encoding="utf-8"))
+    found = []
+    for group, content in listed["groups"].items():
+        if unknown := set(content) - {"options", "evaluate", "seeds", "runs", "about"}:
+            raise SystemExit(f"{path}: group {group} has the unknown keys {', '.join(sorted(unknown))}")
+        for name, own in content["runs"].items():
+            own = dict(own or {})
+            seeds = own.pop("seeds", content.get("seeds", [0]))
+            if not re.fullmatch(r"[a-z0-9.-]+", name):
+                raise SystemExit(f"{path}: {group}/{name} is not a name of small letters, digits, points and dashes")
+            for seed in seeds:
+                options = {} if name == "dense" else listed["options"] | content.get("options", {}) | own
+                found.append(Experiment(group, name, seed, options, content["evaluate"]))
+    return [e for e in found if any(fnmatch(e.key, pattern) for pattern in only.split(","))]

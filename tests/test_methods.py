@@ -1,0 +1,186 @@
+"""The one-shot baselines: what their importance is, and that they share the main path's masks, recovery and export."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_config, tiny_model
+from safetensors.torch import load_file
+from test_trainer import Quiet
+from transformers import AutoModelForCausalLM
+
+from nuteprune import PruneConfig, prune, resume
+from nuteprune.arch import Arch
+from nuteprune.config import CRITERIA
+from nuteprune.errors import ConfigError
+from nuteprune.gates import Deterministic, GateSet
+from nuteprune.importance import flap, magnitude, unit_scores, wanda
+from nuteprune.masking import LoraOptions, MaskedModel
+from nuteprune.progress import read_metrics
+from nuteprune.size import BlockSize
+
+IDS = torch.randint(2, 96, (3, 12), generator=torch.Generator().manual_seed(1))
+
+
+def one_shot(config: PruneConfig, method: str, out: Path, **changes: Any) -> PruneConfig:
+    """The small run's options with a baseline in place of the gates."""
+    names = ("model", "data", "sparsity", "batch_size", "seq_len", "round_intermediate", "lora_rank", "gate_init_batches")
+    kept = {name: getattr(config, name) for name in names} | {"device": "cpu", "steps": 8, "checkpoint_every": 3}
+    return PruneConfig.create(**kept | {"method": method, "out": str(out)} | changes)
+
+
+def made(family: str, kinds: tuple[str, ...], head_unit: str = "group") -> tuple[MaskedModel, GateSet]:
+    config = tiny_config(family)
+    arch = Arch.from_config(config)
+    masked = MaskedModel(tiny_model(config), arch, kinds, LoraOptions(2, 2.0))
+    return masked, GateSet(arch, kinds, Deterministic(0.5, 0.05), torch.Generator(), head_unit)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "qwen3", "opt"])
+def test_magnitude_is_the_squares_of_the_weights_that_go(family: str) -> None:
+    """A unit's weights are found by cutting it away: what the sum of squares loses is its magnitude."""
+    kinds = ("heads", "intermediate", "hidden", "mlp")
+    masked, gates = made(family, kinds)
+    arch = masked.arch
+    found = magnitude(masked, gates)
+
+    def squares(units: dict[str, torch.Tensor]) -> float:
+        masks, total = gates.expand(units), 0.0
+        for layer in range(arch.dims.layers):
+            for name, shape in arch.parameters.items():
+                if not masks.mlp[layer] and arch.spec.block_of(name) == "mlp":
+                    continue
+                weight = masked.parameter(layer, name).detach().double()
+                for position, dim in enumerate(shape):
+                    weight = weight.index_select(position, masks.kept(dim, layer, arch.dims))
+                total += weight.square().sum().item()
+        return total
+
+    everything = {k: torch.ones(a.shape) for k, a in gates.log_alpha.items()}
+    for kind, place in (("heads", (1, 1)), ("intermediate", (2, 7)), ("hidden", (5,)), ("mlp", (0,))):
+        less = {k: v.clone() for k, v in everything.items()}
+        less[kind][place] = 0.0
+        assert found[kind][place].item() == pytest.approx(squares(everything) - squares(less), rel=1e-4)
+
+
+@pytest.mark.parametrize(("head_unit", "each"), [("group", 16), ("query", 8)])
+def test_wanda_and_flap_are_their_formulas(head_unit: str, each: int) -> None:
+    """Against inputs read from a plain copy of the model."""
+    masked, gates = made("llama", ("heads", "intermediate"), head_unit)
+    plain = tiny_model(tiny_config())
+    layer = plain.model.layers[1]
+    seen: dict[str, list[torch.Tensor]] = {"o": [], "down": []}
+    layer.self_attn.o_proj.register_forward_pre_hook(lambda m, a: seen["o"].append(a[0].detach().double()))
+    layer.mlp.down_proj.register_forward_pre_hook(lambda m, a: seen["down"].append(a[0].detach().double()))
+    with torch.no_grad():
+        plain(IDS)
+    for kind, name, module in (("heads", "o", layer.self_attn.o_proj), ("intermediate", "down", layer.mlp.down_proj)):
+        x, weight = torch.cat(seen[name]).flatten(0, 1), module.weight.detach().double()
+        units = gates.log_alpha[kind].shape[1:]
+        norm = weight.abs().sum(0) * x.square().mean(0).sqrt()
+        size = each if kind == "heads" else 1
+        expected = norm.view(-1, size).sum(1).view(units)
+        assert torch.allclose(wanda(masked, gates, IDS)[kind][1].double(), expected, rtol=1e-4)
+        spread = x.var(0, correction=0) * weight.square().sum(0)
+        standard = (spread - spread.mean()) / spread.std()
+        expected = standard.view(-1, size).mean(1).view(units)
+        assert torch.allclose(flap(masked, gates, IDS)[kind][1].double(), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_scores_are_those_of_the_intact_model_and_leave_it_so() -> None:
+    masked, gates = made("llama", ("heads", "intermediate"))
+    cost = BlockSize.of(masked.arch).unit_cost("group")
+    before = masked.logits(IDS)
+    for criterion in CRITERIA:
+        first = unit_scores(criterion, masked, gates, IDS, cost, 1.0)
+        masked.set_masks(gates.expand({k: torch.zeros(a.shape) for k, a in gates.log_alpha.items()}))
+        again = unit_scores(criterion, masked, gates, IDS, cost, 1.0)
+        assert all(torch.equal(first[k], again[k]) for k in first)
+        assert torch.equal(masked.logits(IDS), before)
+    heads = [unit_scores(c, masked, gates, IDS, cost, 1.0)["heads"].flatten().argsort().tolist() for c in CRITERIA]
+    assert len({tuple(h) for h in heads}) > 1  # they are not one criterion under four names
+
+
+@pytest.mark.parametrize("method", CRITERIA)
+def test_a_baseline_recovers_and_loads(method: str, small_run: PruneConfig, tmp_path: Path) -> None:
+    reporter = Quiet()
+    result = prune(one_shot(small_run, method, tmp_path / method), reporter)
+    metrics = read_metrics(result.run / "metrics.jsonl")
+    assert [m["phase"] for m in metrics] == ["recovery"] * 8
+    assert {m["teacher"] for m in metrics} == {"intact"}
+    masks = load_file(result.run / "masks.safetensors")
+    assert all(set(m.unique().tolist()) <= {0.0, 1.0} for m in masks.values())  # nothing soft is folded
+    assert result.figures is not None
+    assert 0.0 <= 0.8 - result.figures.blocks_after / result.figures.blocks_before < 0.02
+    assert result.figures.equality.largest < 1e-3
+    assert result.figures.tokens == 8 * 2 * 16
+    AutoModelForCausalLM.from_pretrained(result.model, trust_remote_code=True)
+
+
+@pytest.mark.parametrize("changes", [{"steps": 0}, {"tokens": 0}], ids=str)
+def test_no_training_leaves_the_intact_weights_that_stay(
+    changes: dict[str, int], small_run: PruneConfig, tmp_path: Path
+) -> None:
+    given = one_shot(small_run, "wanda", tmp_path / "run").to_dict() | {"steps": None} | changes
+    result = prune(PruneConfig.create(**given), Quiet())
+    assert not (result.run / "metrics.jsonl").is_file() or read_metrics(result.run / "metrics.jsonl") == []
+    dense = load_file(Path(small_run.model) / "model.safetensors")
+    pruned = load_file(result.model / "model.safetensors")
+    kept = load_file(result.run / "masks.safetensors")["intermediate"][0] != 0
+    name = "model.layers.0.mlp.gate_proj.weight"
+    assert torch.equal(pruned[name], dense[name][kept])
+    assert not kept.all()
+
+
+def test_a_resumed_baseline_is_a_straight_one(small_run: PruneConfig, tmp_path: Path) -> None:
+    straight = prune(one_shot(small_run, "flap", tmp_path / "a"), Quiet())
+    first = prune(one_shot(small_run, "flap", tmp_path / "b"), Quiet(interrupt_after=4))
+    assert not first.complete
+    second = resume(first.run, Quiet())
+    one, two = (load_file(r.model / "model.safetensors") for r in (straight, second))
+    assert all(torch.equal(one[k], two[k]) for k in one)
+
+
+def test_a_baseline_of_uniform_widths_is_a_stock_model(small_run: PruneConfig, tmp_path: Path) -> None:
+    result = prune(one_shot(small_run, "taylor", tmp_path / "run", uniform=True, sparsity=0.3), Quiet())
+    assert "auto_map" not in json.loads((result.model / "config.json").read_text())
+
+
+def test_gates_can_start_from_every_criterion(small_run: PruneConfig, tmp_path: Path) -> None:
+    kept = []
+    for criterion in CRITERIA:
+        config = small_run.replace(
+            gate_init=criterion, prune=("heads", "intermediate"), out=str(tmp_path / criterion), steps=4, sparsity=0.3
+        )
+        run = prune(config, Quiet()).run
+        kept.append(load_file(run / "masks.safetensors")["intermediate"].ne(0))
+    assert any(not torch.equal(kept[0], other) for other in kept[1:])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "wanda", "prune": ("heads", "hidden")}, "--prune got hidden with --method wanda, .* taylor or magnitude"),
+        ({"gate_init": "flap", "prune": ("mlp",)}, "--prune got mlp with --gate-init flap"),
+        ({"method": "taylor", "teachers": "numerous"}, "--teachers got 'numerous'; --method taylor .* intact, none"),
+        ({"method": "taylor", "warmup": 0.2}, "--warmup was given with --method taylor"),
+        ({"method": "taylor", "gate_init": "open"}, "--gate-init got 'open'; with --method taylor allowed is taylor"),
+        ({"method": "sparsegpt"}, "--method got 'sparsegpt'; allowed are nuteprune, taylor, magnitude, wanda, flap"),
+        ({"steps": 0}, "--steps got 0; allowed is at least 2"),
+        ({"method": "flap", "steps": 1}, "--steps got 1; allowed is 0, or at least 2"),
+        ({"method": "flap", "tokens": 5}, "--tokens got 5; allowed is 0, or at least two steps' worth"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        PruneConfig.create(**options)
+
+
+def test_a_baselines_options_are_read_back(small_run: PruneConfig, tmp_path: Path) -> None:
+    config = one_shot(small_run, "magnitude", tmp_path / "run")
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    assert PruneConfig.of_run(tmp_path / "config.yaml") == config
