@@ -12,11 +12,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from nuteprune.arch import Arch
-from nuteprune.config import parse_shape
 from nuteprune.discretise import Discretiser, Rounding
 from nuteprune.errors import ConfigError
 from nuteprune.gates import unit_shapes
 from nuteprune.masks import Masks
+from nuteprune.option_values import parse_shape
 from nuteprune.shape import TargetShape
 from nuteprune.size import BlockSize
 

@@ -17,7 +17,7 @@ from others import count, die, fill, no_memory, no_room, refuse, tell_and_wait, 
 from test_cli import call  # noqa: F401
 
 from nuteprune.arch import Arch
-from nuteprune.config import SHAPE_DECIDES, PruneConfig
+from nuteprune.config import PruneConfig
 from nuteprune.errors import ConfigError, MeasurementError
 from nuteprune.estimation.costs import step_cost
 from nuteprune.estimation.estimate import estimate
@@ -30,6 +30,7 @@ from nuteprune.masks import Masks
 from nuteprune.measuring import FreshProcess, in_fresh_process
 from nuteprune.options import COST_OPTIONS
 from nuteprune.progress import Reporter, read_metrics
+from nuteprune.recipes import SHAPE_DECIDES
 
 # -- timetable ---------------------------------------------------------------------------------------------------------
 

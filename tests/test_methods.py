@@ -15,12 +15,12 @@ from transformers import AutoModelForCausalLM
 
 from nuteprune import PruneConfig, prune, resume
 from nuteprune.arch import Arch
-from nuteprune.config import CRITERIA
 from nuteprune.errors import ConfigError
 from nuteprune.gates import Deterministic, GateSet
 from nuteprune.importance import flap, magnitude, unit_scores, wanda
 from nuteprune.masking import LoraOptions, MaskedModel
 from nuteprune.progress import read_metrics
+from nuteprune.recipes import CRITERIA
 from nuteprune.size import BlockSize
 
 IDS = torch.randint(2, 96, (3, 12), generator=torch.Generator().manual_seed(1))

@@ -17,9 +17,10 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from nuteprune.checkpoint import checkpoints
-from nuteprune.config import PruneConfig, read_yaml
+from nuteprune.config import PruneConfig
 from nuteprune.errors import ConfigError, TrainingError
 from nuteprune.job import PruneResult, prune, resume
+from nuteprune.option_values import read_yaml
 from nuteprune.progress import Reporter, read_metrics
 from nuteprune.teachers import TeacherPolicy, read_snapshot
 

@@ -15,11 +15,12 @@ from test_trainer import Quiet
 from transformers import AutoModelForCausalLM
 
 from nuteprune.arch import Arch, spec_of
-from nuteprune.config import SHAPE_DECIDES, PruneConfig
+from nuteprune.config import PruneConfig
 from nuteprune.errors import ArchitectureError, ConfigError
 from nuteprune.job import PruneResult, prune, resume
 from nuteprune.masks import Masks
 from nuteprune.progress import Reporter, read_metrics
+from nuteprune.recipes import SHAPE_DECIDES
 from nuteprune.shape import TargetShape
 from nuteprune.size import BlockSize
 from nuteprune.teachers import read_snapshot

@@ -15,9 +15,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from nuteprune.config import SHAPE_DECIDES, PruneConfig, read_yaml
+from nuteprune.config import PruneConfig
 from nuteprune.errors import ConfigError, NutePruneError
+from nuteprune.option_values import read_yaml
 from nuteprune.options import COST_OPTIONS, config_options
+from nuteprune.recipes import SHAPE_DECIDES
 
 app = typer.Typer(
     name="nuteprune",

@@ -6,13 +6,10 @@ these declarations and `PruneConfig.to_yaml` / `from_yaml` keep them beside a ru
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
 import math
-import types
 import typing
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +17,9 @@ from typing import Any
 import yaml
 
 from nuteprune.errors import ConfigError
+from nuteprune.option_values import checked_type, flag, parse_shape, read_yaml
+from nuteprune.recipes import CRITERIA, METHOD_DECIDES, RECIPES, SHAPE_DECIDES
 
-CRITERIA = ("taylor", "magnitude", "wanda", "flap")  # of importance (`importance.py`)
 UNITS = ("heads", "intermediate", "hidden", "attention", "mlp", "layers")
 
 PAPER = "NutePrune's published script"
@@ -286,7 +284,7 @@ class PruneConfig:
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
-            value = _checked_type(f.name, getattr(self, f.name), _HINTS[f.name])
+            value = checked_type(f.name, getattr(self, f.name), _HINTS[f.name])
             object.__setattr__(self, f.name, value)
             choices = f.metadata["choices"]
             given = value if isinstance(value, tuple) else (value,)
@@ -358,14 +356,15 @@ class PruneConfig:
         owner = "method" if self.one_shot else "gate_init"
         if self.gate_init in ("wanda", "flap") and (bad := [k for k in self.prune if k not in ("heads", "intermediate")]):
             raise ConfigError(
-                f"--prune got {bad[0]} with {flag(owner)} {self.gate_init}, which scores heads and intermediate; prune those, or "
-                "give taylor or magnitude."
+                f"--prune got {bad[0]} with {flag(owner)} {self.gate_init}, which scores heads and intermediate; prune "
+                "those, or give taylor or magnitude."
             )
         if self.one_shot and self.gate_init != self.method:
             raise ConfigError(f"--gate-init got {self.gate_init!r}; with --method {self.method} allowed is {self.method}.")
         if self.one_shot and self.teachers == "numerous":
             raise ConfigError(
-                f"--teachers got 'numerous'; --method {self.method} cuts at once and leaves no records. Allowed are intact, none."
+                f"--teachers got 'numerous'; --method {self.method} cuts at once and leaves no records. Allowed are intact, "
+                "none."
             )
 
     @property
@@ -436,9 +435,10 @@ class PruneConfig:
         if method in CRITERIA:
             defaults |= {"gate_init": method, "teachers": "intact"} | {name: plain[name] for name in METHOD_DECIDES}
             for name in METHOD_DECIDES:
-                if name in options and _checked_type(name, options[name], _HINTS[name]) != plain[name]:
+                if name in options and checked_type(name, options[name], _HINTS[name]) != plain[name]:
                     raise ConfigError(
-                        f"{flag(name)} was given with --method {method}, which cuts at once and has no use for it; leave it out."
+                        f"{flag(name)} was given with --method {method}, which cuts at once and has no use for it; leave it "
+                        "out."
                     )
         return cls(**{**defaults, **options})
 
@@ -467,100 +467,5 @@ class PruneConfig:
 
 
 DEFAULT_TOKENS = 150_000
-SHAPE_DECIDES = ("sparsity", "prune", "uniform")  # options that a target shape decides
-METHOD_DECIDES = (  # options of learned gates and their teachers, which a one-shot method has not
-    "warmup", "recovery", "gates", "gate_lr", "gate_width", "control", "control_lr", "teacher_lag", "snapshot_every",
-)  # fmt: skip
-SHAPE_KEYS = ("hidden", "heads", "intermediate", "layers")
-
-RECIPES: dict[str, dict[str, Any]] = {
-    "default": {},
-    # Values of the original's cotrain script and argument defaults (github.com/Lucius-lsr/NutePrune); see docs/design.md.
-    "paper": {
-        "gates": "hard-concrete",
-        "gate_init": "open",
-        "gate_lr": 0.1,
-        "control": "lagrangian",
-        "prune": ("heads", "intermediate", "hidden"),
-        "lora_rank": 8,
-        "lora_alpha": 8.0,
-        "lora_targets": ("q_proj", "v_proj"),
-        "lr": 1e-3,
-        "lr_schedule": "linear",
-        "warmup": 1 / 7,
-        "recovery": 0.1,
-        "kl_weight": 0.1,
-        "temperature": 2 / 3,
-        "hidden_loss": "plain",
-        "hidden_weight": 0.9,
-    },
-}
-
-
-def parse_shape(parts: tuple[str, ...]) -> dict[str, int]:
-    """Width by unit kind from the parts of a target shape, such as "hidden=512".
-
-    Raises:
-        ConfigError: a part that is none.
-    """
-    found: dict[str, int] = {}
-    for part in parts:
-        key, _, number = (text.strip() for text in part.partition("="))
-        if key not in SHAPE_KEYS or not (number.isascii() and number.isdecimal()) or key in found:
-            raise ConfigError(
-                f"--target-shape got {part!r}; allowed is each of {', '.join(f'{k}=N' for k in SHAPE_KEYS)} at most once, N a "
-                "whole number."
-            )
-        found[key] = int(number)
-    return found
-
-
-def flag(name: str) -> str:
-    """The command-line spelling of a field's name."""
-    return "--" + name.replace("_", "-")
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Options from a YAML file.
-
-    Raises:
-        ConfigError: the file is missing, is not YAML, or does not hold a mapping.
-    """
-    try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"--config {path} cannot be read: {error.strerror or error}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}.") from error
-    if loaded is None:
-        return {}
-    if not isinstance(loaded, Mapping):
-        raise ConfigError(f"--config {path} holds a {type(loaded).__name__}; it must hold option: value lines.")
-    return {str(k): v for k, v in loaded.items()}
-
-
-def _checked_type(name: str, value: Any, hint: Any) -> Any:
-    """`value` as the declared type of option `name`; lists become tuples and whole numbers floats."""
-    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if value is None and type(None) in allowed:
-        return None
-    wanted = next(a for a in allowed if a is not type(None))
-    if typing.get_origin(wanted) is tuple:
-        if isinstance(value, Mapping):  # as YAML has a shape
-            value = [f"{key}={number}" for key, number in value.items()]
-        if isinstance(value, str):
-            value = [part.strip() for part in value.split(",") if part.strip()]
-        elif isinstance(value, int | float):
-            value = [value]
-        if isinstance(value, list | tuple):
-            return tuple(_checked_type(name, v, typing.get_args(wanted)[0]) for v in value)
-    elif wanted is float and isinstance(value, int | float | str) and not isinstance(value, bool):
-        with contextlib.suppress(ValueError):
-            return float(value)  # a text too: YAML reads 1e-3 as one
-    elif isinstance(value, wanted) and (wanted is bool or not isinstance(value, bool)):
-        return value
-    names = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
-    raise ConfigError(f"{flag(name)} got {value!r}; allowed is {names.get(wanted, 'a list of values')}.")
-
 
 _HINTS: dict[str, Any] = typing.get_type_hints(PruneConfig)

@@ -21,7 +21,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from nuteprune.arch import Arch
 from nuteprune.checkpoint import checkpoints
 from nuteprune.compact import Compactor
-from nuteprune.config import PruneConfig, flag
+from nuteprune.config import PruneConfig
 from nuteprune.data import SELF, Blocks, build_blocks, check_sources
 from nuteprune.discretise import Discretiser
 from nuteprune.environment import environment
@@ -31,6 +31,7 @@ from nuteprune.export.hf import Equality, check_equal, compact_config, is_stock,
 from nuteprune.files import atomic_folder, save_json, save_tensors, save_text, unwritable_parent
 from nuteprune.masking import LoraOptions
 from nuteprune.models import DTYPES, Source, describe, pick_device, pick_dtype
+from nuteprune.option_values import flag
 from nuteprune.progress import MetricsFile, Reporter
 from nuteprune.report.card import model_card
 from nuteprune.report.facts import CONFIG, ENVIRONMENT, MASKS, METRICS, MODEL, RESULT, Figures, RunFacts, origin

@@ -9,7 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-from nuteprune.config import RECIPES, PruneConfig, flag
+from nuteprune.config import PruneConfig
+from nuteprune.option_values import flag
+from nuteprune.recipes import RECIPES
 
 # The options that change what a run takes: memory, time, or the size of the result.
 COST_OPTIONS = (

@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nuteprune.arch import Arch
-from nuteprune.config import SHAPE_KEYS
 from nuteprune.control import bisect
 from nuteprune.errors import ConfigError
+from nuteprune.option_values import SHAPE_KEYS
 from nuteprune.size import BlockSize
 
 

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from nuteprune.arch import Arch
 from nuteprune.arrangement import Arrangement
 from nuteprune.checkpoint import load_checkpoint, load_optimizer, optimizer_tensors, save_checkpoint, within
-from nuteprune.config import PruneConfig, parse_shape
+from nuteprune.config import PruneConfig
 from nuteprune.control import Controller, LagrangianControl, ProjectionControl, schedule
 from nuteprune.data import Blocks
 from nuteprune.discretise import Discretiser, Rounding
@@ -35,6 +35,7 @@ from nuteprune.importance import unit_scores
 from nuteprune.losses import HiddenLoss, head_loss
 from nuteprune.masking import LoraOptions, MaskedModel, Role
 from nuteprune.masks import Masks
+from nuteprune.option_values import parse_shape
 from nuteprune.shape import TargetShape
 from nuteprune.size import BlockSize, Unit
 from nuteprune.teachers import INTACT, Snapshot, TeacherBank, TeacherPolicy, teacher_name

@@ -13,9 +13,10 @@ import yaml
 from rich.console import Console
 
 from nuteprune import __version__
-from nuteprune.config import PruneConfig, flag
+from nuteprune.config import PruneConfig
 from nuteprune.evaluation.compare import number, shown, shown_ratio
 from nuteprune.files import save_text
+from nuteprune.option_values import flag
 from nuteprune.progress import Reporter, duration
 from nuteprune.report.card import load_lines, model_card
 from nuteprune.report.facts import MODEL, RunFacts

@@ -1,0 +1,82 @@
+"""Values of options as they are given: types, YAML files, target shapes, names on the command line."""
+
+from __future__ import annotations
+
+import contextlib
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nuteprune.errors import ConfigError
+
+SHAPE_KEYS = ("hidden", "heads", "intermediate", "layers")
+
+
+def parse_shape(parts: tuple[str, ...]) -> dict[str, int]:
+    """Width by unit kind from the parts of a target shape, such as "hidden=512".
+
+    Raises:
+        ConfigError: a part that is none.
+    """
+    found: dict[str, int] = {}
+    for part in parts:
+        key, _, number = (text.strip() for text in part.partition("="))
+        if key not in SHAPE_KEYS or not (number.isascii() and number.isdecimal()) or key in found:
+            raise ConfigError(
+                f"--target-shape got {part!r}; allowed is each of {', '.join(f'{k}=N' for k in SHAPE_KEYS)} at most once, N a "
+                "whole number."
+            )
+        found[key] = int(number)
+    return found
+
+
+def flag(name: str) -> str:
+    """The command-line spelling of a field's name."""
+    return "--" + name.replace("_", "-")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Options from a YAML file.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, or does not hold a mapping.
+    """
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"--config {path} cannot be read: {error.strerror or error}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}.") from error
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, Mapping):
+        raise ConfigError(f"--config {path} holds a {type(loaded).__name__}; it must hold option: value lines.")
+    return {str(k): v for k, v in loaded.items()}
+
+
+def checked_type(name: str, value: Any, hint: Any) -> Any:
+    """`value` as the declared type of option `name`; lists become tuples and whole numbers floats."""
+    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and type(None) in allowed:
+        return None
+    wanted = next(a for a in allowed if a is not type(None))
+    if typing.get_origin(wanted) is tuple:
+        if isinstance(value, Mapping):  # as YAML has a shape
+            value = [f"{key}={number}" for key, number in value.items()]
+        if isinstance(value, str):
+            value = [part.strip() for part in value.split(",") if part.strip()]
+        elif isinstance(value, int | float):
+            value = [value]
+        if isinstance(value, list | tuple):
+            return tuple(checked_type(name, v, typing.get_args(wanted)[0]) for v in value)
+    elif wanted is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError):
+            return float(value)  # a text too: YAML reads 1e-3 as one
+    elif isinstance(value, wanted) and (wanted is bool or not isinstance(value, bool)):
+        return value
+    names = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
+    raise ConfigError(f"{flag(name)} got {value!r}; allowed is {names.get(wanted, 'a list of values')}.")
