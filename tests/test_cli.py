@@ -39,9 +39,9 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 SURFACE = """
 batch-size checkpoint-every compile config control control-lr data device dtype gate-init gate-init-batches gate-lr
 gate-width gates grad-clip gradient-checkpointing head-bias head-unit help hidden-loss hidden-weight keep-checkpoints
-kl-weight lm-weight lora-alpha lora-rank lora-targets lr lr-schedule method out prune quiet recipe recovery round-heads
-round-hidden round-intermediate save-dtype seed seq-len snapshot-every sparsity steps target-shape teacher-lag
-teachers temperature text-key tokens track uniform warmup weight-decay
+kl-weight lm-weight lora-alpha lora-rank lora-targets lr lr-schedule method out prune quiet recipe recovery repair
+repair-batches repair-damping round-heads round-hidden round-intermediate save-dtype seed seq-len snapshot-every
+sparsity steps target-shape teacher-lag teachers temperature text-key tokens track uniform warmup weight-decay
 """.split()
 
 
@@ -49,7 +49,12 @@ def test_help_names_every_option_with_default_and_source(call: Any) -> None:
     code, out, _ = call("prune", "--help")
     assert code == 0
     plain = re.sub(r"\x1b\[[0-9;]*m", "", out)
-    found = set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", plain)) - {"no-gradient-checkpointing", "no-compile", "no-uniform"}
+    found = set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", plain)) - {
+        "no-gradient-checkpointing",
+        "no-compile",
+        "no-uniform",
+        "no-repair",
+    }
     assert found >= set(SURFACE)
     own = {m.group(1) for line in plain.splitlines() if (m := re.match(r"[│\s*]*--([a-z-]+)", line))}
     assert own <= set(SURFACE)

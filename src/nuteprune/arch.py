@@ -193,6 +193,7 @@ class Arch:
         total: parameters of the whole dense model, shared ones once.
         attention_types: kind of each layer's attention, full or sliding; each kind has its own cache.
         logits_scaling: what the head's output is divided by.
+        residual_multiplier: what a block's output is multiplied by before it is added to the residual stream.
         softcap: bound c of the logits, c tanh(logits / c); None for none.
         others: shapes of parameters outside of the layers beside embedding, final norm's weight and head, by name: learned
             positions, the final norm's bias. They lie along nothing that is cut.
@@ -205,6 +206,7 @@ class Arch:
     total: int
     attention_types: tuple[str, ...]
     logits_scaling: float = 1.0
+    residual_multiplier: float = 1.0
     softcap: float | None = None
     others: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
@@ -272,6 +274,7 @@ class Arch:
             total=sum(p.numel() for p in model.parameters()),
             attention_types=tuple(getattr(config, "layer_types", None) or ("full_attention",) * dims.layers),
             logits_scaling=float(getattr(config, "logits_scaling", None) or 1.0),
+            residual_multiplier=float(getattr(config, "residual_multiplier", None) or 1.0),
             softcap=getattr(config, "final_logit_softcapping", None),
             others=others,
         )

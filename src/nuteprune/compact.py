@@ -118,7 +118,7 @@ class Compactor:
         prefix = f"{self.spec.layers}.{self.kept_layers.index(index)}"
         for name in self._left(index):
             shape, path = arch.parameters[name], name.rpartition(".")[0]
-            weight, part = self.masked.parameter(index, name).detach(), self.spec.block[path]
+            weight, part = self.masked.weight(index, name), self.spec.block[path]
             rows, real = self._places(shape[0], index)
             if isinstance(part, Norm):
                 made = self._norm_weight(weight[rows], part, path, index)

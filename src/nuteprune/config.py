@@ -199,6 +199,19 @@ class PruneConfig:
     )
     control_lr: float = _option(0.1, "Learning rate of the Lagrangian multipliers (Adam, ascent).", PAPER, "Control")
 
+    # Repair
+    repair: bool = _option(
+        False,
+        "Once the masks are hard, solve the output projections anew by least squares, for what is left of their inputs; "
+        "recovery goes on from there.",
+        RECIPE,
+        "Repair",
+    )
+    repair_batches: int = _option(32, "Batches of training text that the repair is solved on.", RECIPE, "Repair")
+    repair_damping: float = _option(
+        0.01, "Weight of staying near the weights there are, in mean squares of the inputs.", RECIPE, "Repair"
+    )
+
     # Teachers and losses
     teachers: str = _option(
         "numerous",
@@ -320,7 +333,7 @@ class PruneConfig:
             raise ConfigError(f"--steps {self.steps} and --tokens {self.tokens} were both given; give one of them.")
         for name in (
             "batch_size", "lora_rank", "round_heads", "round_intermediate", "round_hidden", "gate_init_batches",
-            "checkpoint_every", "keep_checkpoints",
+            "checkpoint_every", "keep_checkpoints", "repair_batches",
         ):  # fmt: skip
             need(name, getattr(self, name) >= 1, "a whole number of at least 1")
         need("seq_len", self.seq_len >= 2, "a whole number of at least 2")
@@ -338,7 +351,7 @@ class PruneConfig:
                 f"--warmup {self.warmup:g} and --recovery {self.recovery:g} add up to more than 1; masks are frozen after "
                 "the ramp, so lower one of them."
             )
-        for name in ("lr", "gate_lr", "control_lr", "temperature"):
+        for name in ("lr", "gate_lr", "control_lr", "temperature", "repair_damping"):
             need(name, getattr(self, name) > 0, "a number above 0")
         for name in ("weight_decay", "grad_clip", "kl_weight", "hidden_weight", "lm_weight"):
             need(name, getattr(self, name) >= 0, "a number from 0")
@@ -377,8 +390,16 @@ class PruneConfig:
         """Sequences of training text that the importance is measured on."""
         if self.gate_init in ("open", "magnitude"):  # magnitude reads weights only
             return 0
-        steps = self.gate_init_batches if self.one_shot else min(self.gate_init_batches, self.total_steps)
-        return steps * self.batch_size
+        return self._before_training(self.gate_init_batches)
+
+    @property
+    def repair_sequences(self) -> int:
+        """Sequences of training text that the repair is solved on; 0 without it."""
+        return self._before_training(self.repair_batches) if self.repair else 0
+
+    def _before_training(self, batches: int) -> int:
+        """Sequences in some batches; no more than training reads, but for one-shot methods, which may not train."""
+        return (batches if self.one_shot else min(batches, self.total_steps)) * self.batch_size
 
     @property
     def total_steps(self) -> int:

@@ -151,6 +151,8 @@ class _Job:
         for plan in self.plans:
             snapshot = self.run.read(plan.stored)
             masked.load_lora({n: torch.zeros_like(p) for n, p in masked.lora.items()} if snapshot is None else snapshot.lora)
+            masked.forget_repair()
+            masked.repair({} if snapshot is None else snapshot.repaired)
             written.append(self.said(write(plan, masked, text)))
         return written
 

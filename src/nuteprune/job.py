@@ -1,7 +1,7 @@
 """A whole pruning job: check, prepare the run folder, train, discretise, compact, check equality, write, evaluate.
 
-The run folder holds config.yaml, env.json, data/, metrics.jsonl, checkpoints/, teachers/, masks.safetensors, model/ and
-result.json.
+The run folder holds config.yaml, env.json, data/, metrics.jsonl, checkpoints/, teachers/, masks.safetensors, model/,
+result.json, and repaired.safetensors where weights were repaired.
 """
 
 from __future__ import annotations
@@ -277,7 +277,7 @@ class _Job:
                 config.data,
                 self.tokenizer,
                 seq_len=config.seq_len,
-                blocks=max(config.total_steps * config.batch_size, config.calibration),
+                blocks=max(config.total_steps * config.batch_size, config.calibration, config.repair_sequences),
                 held_out=HELD_OUT,
                 least=config.batch_size,
                 seed=config.seed,
@@ -289,7 +289,7 @@ class _Job:
     def train_and_finish(self, run: Path, model: PreTrainedModel, reporter: Reporter) -> PruneResult:
         """Trains from where the run stands, then exports and evaluates."""
         blocks = Blocks.open(run / BLOCKS)
-        trainer = Trainer(self.config, model, self.arch, blocks, run, reporter.warn)
+        trainer = Trainer(self.config, model, self.arch, blocks, run, reporter.warn, counter=reporter.counter)
         try:
             if checkpoints(run / "checkpoints"):
                 trainer.load()

@@ -75,32 +75,41 @@ class Role:
         scales: mask values by site, as modules take them; empty for no masks.
         lora: LoRA weights by name; None for none (in `playing`).
         widths: units computed in each layer.
+        repaired: whether repaired weights take the place of the base's (`MaskedModel.repair`).
     """
 
     scales: dict[Site, Tensor]
     lora: dict[str, Tensor] | None
     widths: Widths
+    repaired: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass
 class BaseWeight:
-    """A frozen parameter of a layer that roles can use in part.
+    """A frozen parameter of a layer that roles can use in part, or repaired.
 
     Attributes:
         parameter: the module's parameter.
         full: its whole data.
         layer: layer index.
         shape: its dimensions.
+        repaired: whole data in place of `full` in repaired roles, or None.
     """
 
     parameter: nn.Parameter
     full: Tensor
     layer: int
     shape: tuple[Dim, ...]
+    repaired: Tensor | None = None
 
-    def narrow(self, arrangement: Arrangement | None, widths: Widths) -> None:
-        """Lets the module see the first units only; a view."""
-        data = self.full
+    @property
+    def every(self) -> list[Tensor]:
+        """All whole data there is."""
+        return [self.full] if self.repaired is None else [self.full, self.repaired]
+
+    def play(self, arrangement: Arrangement | None, widths: Widths, repaired: bool) -> None:
+        """Lets the module see the first units only, of the repaired data if asked for and there; a view."""
+        data = self.repaired if repaired and self.repaired is not None else self.full
         for position, dim in enumerate(self.shape):
             index = None if arrangement is None else arrangement.index(dim, self.layer, widths)
             data = data if index is None else data.narrow(position, 0, len(index))
@@ -136,7 +145,7 @@ class MaskedModel:
         if lora is not None:
             self._add_lora(lora, fused)
         self._sites = list(self._attach())
-        self._bases = list(self._base_weights())
+        self._bases = dict(self._base_weights())
         self._role = Role({}, None, Widths.full(self.arch.dims))
 
     # -- set-up -------------------------------------------------------------------------------------------------------
@@ -204,13 +213,13 @@ class MaskedModel:
         self._observer(self._observed, states)
         self._observed += 1
 
-    def _base_weights(self) -> Iterator[BaseWeight]:
-        """The base model's parameters along axes that roles can do without."""
+    def _base_weights(self) -> Iterator[tuple[str, BaseWeight]]:
+        """The base model's parameters along axes that roles can do without, by stock name."""
         for index in range(self.arch.dims.layers):
             for name, shape in self.arch.parameters.items():
                 if any(dim[0] in (Axis.QUERY, Axis.KV, Axis.INTERMEDIATE) for dim in shape):
                     parameter = self.parameter(index, name)
-                    yield BaseWeight(parameter, parameter.data, index, shape)
+                    yield f"{self.arch.spec.layers}.{index}.{name}", BaseWeight(parameter, parameter.data, index, shape)
 
     def enable_checkpointing(self) -> None:
         """Recomputes activations in the backward pass; masks must stay installed until it is done."""
@@ -252,17 +261,18 @@ class MaskedModel:
 
         self.model.register_forward_pre_hook(follow)
 
-    def prepare(self, masks: Masks | None, lora: dict[str, Tensor] | None) -> Role:
+    def prepare(self, masks: Masks | None, lora: dict[str, Tensor] | None, repaired: bool = False) -> Role:
         """A role, ready to be played: everything on the device, in the order and at the widths of the arrangement.
 
         Args:
             masks: its masks, kept in the graph; None for the intact model.
             lora: its LoRA weights; None switches LoRA off.
+            repaired: with the repaired weights, if there are any.
         """
         widths = Widths.full(self.arch.dims) if self.arrangement is None else self.arrangement.widths(masks)
         if lora is not None:
             lora = {name: self.cut_lora(name, lora[name], widths).to(self.device) for name in self.lora}
-        return Role(self._scales(masks, widths), lora, widths)
+        return Role(self._scales(masks, widths), lora, widths, repaired)
 
     def _scales(self, masks: Masks | None, widths: Widths) -> dict[Site, Tensor]:
         """Mask values as the modules take them, by site."""
@@ -295,14 +305,14 @@ class MaskedModel:
         """Puts a role's masks and widths in place; LoRA weights stay."""
         for module, attribute, site in self._sites:
             object.__setattr__(module, attribute, role.scales.get(site))
-        if role.widths != self._role.widths:
-            for base in self._bases:
-                base.narrow(self.arrangement, role.widths)
+        if (role.widths, role.repaired) != (self._role.widths, self._role.repaired):
+            for base in self._bases.values():
+                base.play(self.arrangement, role.widths, role.repaired)
         self._role = role
 
     def set_masks(self, masks: Masks | None) -> None:
-        """Installs masks (kept in the graph), or none; the student's LoRA weights stay."""
-        self.install(self.prepare(masks, None))
+        """Installs masks (kept in the graph), or none; the student's LoRA and repaired weights stay."""
+        self.install(self.prepare(masks, None, repaired=masks is not None))
 
     @contextmanager
     def playing(self, role: Role) -> Iterator[None]:
@@ -343,14 +353,30 @@ class MaskedModel:
             logits scaling where it has one.
         """
         decoder = getattr(self.model, self.model.base_model_prefix)
-        half = self._dtype if self._dtype in (torch.bfloat16, torch.float16) else None
         self._observer, self._observed = observer, 0
         try:
-            with torch.autocast(self.device.type, half, enabled=half is not None):
+            with self.autocast():
                 states: Tensor = decoder(input_ids=input_ids, use_cache=False).last_hidden_state
                 return states if self.arch.logits_scaling == 1.0 else states / self.arch.logits_scaling
         finally:
             self._observer = None
+
+    def autocast(self) -> torch.autocast:
+        """The context in which a half-precision model computes; it changes nothing in others."""
+        half = self._dtype if self._dtype in (torch.bfloat16, torch.float16) else None
+        return torch.autocast(self.device.type, half, enabled=half is not None)
+
+    @contextmanager
+    def uncompiled(self) -> Iterator[None]:
+        """Inside the block, layers run without what `compile` made of them, so that hooks see their parts."""
+        compiled = [layer._compiled_call_impl for layer in self.layers]
+        try:
+            for layer in self.layers:
+                layer._compiled_call_impl = None
+            yield
+        finally:
+            for layer, made in zip(self.layers, compiled, strict=True):
+                layer._compiled_call_impl = made
 
     @property
     def head(self) -> nn.Linear:
@@ -387,6 +413,28 @@ class MaskedModel:
         layer, shape = self.lora_shapes[name]
         return tensor if self.arrangement is None else self.arrangement.spread(tensor, shape, layer, widths)
 
+    # -- repaired weights ---------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def repair(self, weights: dict[str, Tensor]) -> None:
+        """Gives roles that are `repaired` weights of their own; the base stays for the others.
+
+        Args:
+            weights: by stock name, in whole shape; of parameters along heads or intermediate channels, beside those given
+                before.
+        """
+        assert self.arrangement is None
+        for name, weight in weights.items():
+            base = self._bases[name]
+            base.repaired = weight.to(base.full, copy=True)
+            base.play(None, self._role.widths, self._role.repaired)
+
+    def forget_repair(self) -> None:
+        """Takes all repaired weights away."""
+        for base in self._bases.values():
+            base.repaired = None
+            base.play(self.arrangement, self._role.widths, False)
+
     # -- order of units -----------------------------------------------------------------------------------------------
 
     def arrange(self, arrangement: Arrangement) -> None:
@@ -397,15 +445,17 @@ class MaskedModel:
         assert self.arrangement is None
         self.install(Role({}, None, Widths.full(self.arch.dims)))
         self.arrangement = arrangement
-        for base in self._bases:
-            base.full.copy_(arrangement.cut(base.full, base.shape, base.layer, Widths.full(self.arch.dims)))
+        for base in self._bases.values():
+            for data in base.every:
+                data.copy_(arrangement.cut(data, base.shape, base.layer, Widths.full(self.arch.dims)))
 
     def restore(self) -> None:
         """Puts the base weights back as they were, bit for bit, and undoes `compile`."""
         if self.arrangement is not None:
             self.install(Role({}, None, Widths.full(self.arch.dims)))
-            for base in self._bases:
-                base.full.copy_(self.arrangement.spread(base.full, base.shape, base.layer, Widths.full(self.arch.dims)))
+            for base in self._bases.values():
+                for data in base.every:
+                    data.copy_(self.arrangement.spread(data, base.shape, base.layer, Widths.full(self.arch.dims)))
             self.arrangement = None
         for layer in self.layers:
             layer._compiled_call_impl = None
@@ -454,7 +504,7 @@ class MaskedModel:
         """Gives the memory of all weights back; the model cannot be used any more."""
         for parameter in self.model.parameters():
             parameter.data = parameter.data.new_empty(0)
-        self._bases = []
+        self._bases = {}
 
     # -- for compaction -----------------------------------------------------------------------------------------------
 
@@ -465,6 +515,12 @@ class MaskedModel:
             return None
         a, b = module.lora_A["default"].weight, module.lora_B["default"].weight  # type: ignore[attr-defined]
         return a.detach(), b.detach().double() * module.scaling["default"]  # type: ignore[attr-defined]
+
+    def weight(self, layer: int, name: str) -> Tensor:
+        """The student's frozen parameter `name` of a layer, in whole shape: repaired, or else the intact one."""
+        base = self._bases.get(f"{self.arch.spec.layers}.{layer}.{name}")
+        repaired = None if base is None else base.repaired
+        return self.parameter(layer, name).detach() if repaired is None else repaired
 
     def parameter(self, layer: int, name: str) -> nn.Parameter:
         """The intact parameter `name` of a layer."""

@@ -17,7 +17,8 @@ from nuteprune.recipes import RECIPES
 COST_OPTIONS = (
     "method", "sparsity", "prune", "head_unit", "uniform", "target_shape", "round_heads", "round_intermediate", "round_hidden",
     "tokens", "steps", "batch_size", "seq_len", "warmup", "recovery", "lora_rank", "lora_targets", "gates", "gate_init",
-    "gate_init_batches", "control", "teachers", "teacher_lag", "snapshot_every", "hidden_loss", "lm_weight", "device",
+    "gate_init_batches", "repair", "repair_batches", "control", "teachers", "teacher_lag",
+    "snapshot_every", "hidden_loss", "lm_weight", "device",
     "dtype", "save_dtype", "gradient_checkpointing", "compile", "checkpoint_every", "recipe",
 )  # fmt: skip
 

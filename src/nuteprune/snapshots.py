@@ -17,7 +17,7 @@ from nuteprune.export.adapter import adapter_stored, is_adapter, read_adapter
 from nuteprune.masks import KINDS, Masks
 from nuteprune.report.facts import MODEL, RESULT
 from nuteprune.size import BlockSize
-from nuteprune.teachers import FINAL, INTACT, Snapshot, TeacherBank, read_about, read_snapshot
+from nuteprune.teachers import FINAL, INTACT, Snapshot, TeacherBank, read_about, read_repaired, read_snapshot
 
 SAME = 1e-6  # difference of two sparsities that are one
 ROUNDING = 0.005  # by which a model may be sparser than its record is named for, because units go in steps
@@ -147,12 +147,12 @@ class Run:
             return None
         about = (stored.record, stored.sparsity, stored.step)
         if is_adapter(self.folder):
-            return Snapshot(*about, *read_adapter(self.folder))
+            return Snapshot(*about, *read_adapter(self.folder), read_repaired(self.folder))
         if stored.record == FINAL:
             path = self._last()
             with safe_open(path, framework="pt") as file:
                 lora = {n.removeprefix("lora."): file.get_tensor(n) for n in file.keys() if n.startswith("lora.")}  # noqa: SIM118
-            return Snapshot(*about, _masks(path), lora)
+            return Snapshot(*about, _masks(path), lora, read_repaired(self.folder))
         return read_snapshot(TeacherBank(self.folder / "teachers").path(stored.record))
 
     def _last(self) -> Path:

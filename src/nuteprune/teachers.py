@@ -6,7 +6,7 @@ Records are numbered 1, 2, ...; record k is the student at sparsity k x `snapsho
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from safetensors import safe_open
@@ -18,6 +18,7 @@ from nuteprune.masks import KINDS, Masks
 
 INTACT = 0  # in place of a record's number: the model before pruning
 FINAL = -1  # the model after recovery
+REPAIRED = "repaired.safetensors"  # in a run folder: the weights that the final model has in place of the intact ones
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Snapshot:
         step: step at which it was taken.
         masks: discrete masks, on the CPU.
         lora: LoRA weights by parameter name, on the CPU.
+        repaired: weights in place of the base's, by stock name; only the final model has any.
     """
 
     record: int
@@ -37,6 +39,7 @@ class Snapshot:
     step: int
     masks: Masks
     lora: dict[str, Tensor]
+    repaired: dict[str, Tensor] = field(default_factory=dict)
 
 
 class TeacherBank:
@@ -102,6 +105,11 @@ def read_snapshot(path: Path) -> Snapshot:
     masks = {k.removeprefix("masks."): t for k, t in tensors.items() if k.startswith("masks.")}
     lora = {k.removeprefix("lora."): t for k, t in tensors.items() if k.startswith("lora.")}
     return Snapshot(*about, Masks.from_tensors(masks), lora)
+
+
+def read_repaired(folder: Path) -> dict[str, Tensor]:
+    """The repaired weights of a run's or adapter's final model, by stock name; none where nothing was repaired."""
+    return load_file(folder / REPAIRED) if (folder / REPAIRED).is_file() else {}
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,13 @@ import math
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.profiler import record_function
 from transformers import PreTrainedModel
@@ -30,15 +31,17 @@ from nuteprune.control import Controller, LagrangianControl, ProjectionControl, 
 from nuteprune.data import Blocks
 from nuteprune.discretise import Discretiser, Rounding
 from nuteprune.errors import TrainingError
+from nuteprune.files import save_tensors
 from nuteprune.gates import Deterministic, Gate, GateSet, HardConcrete
 from nuteprune.importance import unit_scores
 from nuteprune.losses import HiddenLoss, head_loss
 from nuteprune.masking import LoraOptions, MaskedModel, Role
 from nuteprune.masks import Masks
 from nuteprune.option_values import parse_shape
+from nuteprune.repair import repair
 from nuteprune.shape import TargetShape
 from nuteprune.size import BlockSize, Unit
-from nuteprune.teachers import INTACT, Snapshot, TeacherBank, TeacherPolicy, teacher_name
+from nuteprune.teachers import INTACT, REPAIRED, Snapshot, TeacherBank, TeacherPolicy, teacher_name
 
 REACHED = 0.005  # the original's sparsity_epsilon: how near counts as at the target
 LR_WARMUP = 0.03
@@ -80,6 +83,7 @@ class Trainer:
         blocks: training text.
         folder: run folder; `checkpoints/` and `teachers/` are written there.
         warn: called with what the user should know.
+        counter: shows the progress of what takes long between steps: a context that gives a function of done and total.
         fast: False takes peft's own layers and full widths throughout: the same run, slower, for comparison.
     """
 
@@ -92,8 +96,9 @@ class Trainer:
         folder: Path,
         warn: Callable[[str], None] = warnings.warn,
         fast: bool = True,
+        counter: Callable[[str], AbstractContextManager[Progress]] = lambda what: nullcontext(lambda done, total: None),
     ) -> None:
-        self.config, self.blocks, self.folder, self.warn, self.fast = config, blocks, folder, warn, fast
+        self.config, self.blocks, self.folder, self.warn, self.fast, self.counter = config, blocks, folder, warn, fast, counter
         self.total, self.freeze_step, self.ramp = config.total_steps, config.freeze_step, config.ramp_steps
 
         lora = LoraOptions(config.lora_rank, config.alpha, config.lora_targets, config.seed)
@@ -336,7 +341,7 @@ class Trainer:
         return self.discretiser.masks(scores, self.gates.values(scores), sparsity), float(expected)
 
     def freeze(self) -> None:
-        """Makes the masks discrete at exactly the asked sparsity; from here on only LoRA trains."""
+        """Makes the masks discrete at exactly the asked sparsity, and repairs; from here on only LoRA trains."""
         masks, reached = self.discrete(self.config.sparsity)
         if self.config.sparsity - reached > FORCED:
             self.warn(
@@ -345,6 +350,11 @@ class Trainer:
             )
         if self.state.reached is None:
             self.mark_reached(self.state.step)
+        if self.config.repair:
+            text = self.blocks.read(list(range(min(self.config.repair_sequences, self.blocks.count))))
+            with self.counter("repair of output projections") as progress:
+                weights = repair(self.masked, masks.to(self.masked.device), text, self.config.repair_damping, progress)
+            save_tensors(self.folder / REPAIRED, weights)
         self.freeze_at(masks)
 
     def freeze_at(self, masks: Masks) -> None:
@@ -415,6 +425,8 @@ class Trainer:
         self.generator.set_state(tensors["generator.state"])
         self.bank = TeacherBank.load(self.folder / "teachers", self.state.records)
         if masks := within(tensors, "masks"):
+            if self.config.repair:
+                self.masked.repair(load_file(self.folder / REPAIRED))
             self.freeze_at(Masks.from_tensors(masks))
 
 

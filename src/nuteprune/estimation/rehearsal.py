@@ -143,7 +143,7 @@ def rehearse(config: PruneConfig, progress: Progress) -> Rehearsal:
 def random_blocks(path: Path, config: PruneConfig) -> Blocks:
     """Token blocks of a run's shape that hold random tokens; what a step costs does not depend on the tokens."""
     _, arch = describe(Source.find(config.model))
-    rows = max(config.total_steps * config.batch_size, config.calibration) + APART
+    rows = max(config.total_steps * config.batch_size, config.calibration, config.repair_sequences) + APART
     ids = torch.randint(arch.dims.vocab, (rows, config.seq_len), generator=torch.Generator().manual_seed(0)).int()
     save_tensors(path, {"train": ids[APART:].clone(), "held_out": ids[:APART].clone()})
     return Blocks.open(path)

@@ -22,7 +22,7 @@ from nuteprune.files import save_tensors, save_text
 from nuteprune.masking import LoraOptions, MaskedModel
 from nuteprune.masks import Masks
 from nuteprune.models import Source, describe
-from nuteprune.teachers import Snapshot
+from nuteprune.teachers import REPAIRED, Snapshot, read_repaired
 
 ADAPTER_CONFIG, ADAPTER, MASKS = "adapter_config.json", "adapter_model.safetensors", "masks.safetensors"
 OPTIONS = "config.yaml"
@@ -75,6 +75,8 @@ def write_adapter(folder: Path, run: Path, snapshot: Snapshot, config: PruneConf
     made.save_pretrained(str(folder))
     save_tensors(folder / ADAPTER, {f"{_PREFIX}{k.replace('.default.', '.')}": t for k, t in snapshot.lora.items()})
     save_tensors(folder / MASKS, snapshot.masks.tensors())
+    if snapshot.repaired:
+        save_tensors(folder / REPAIRED, snapshot.repaired)
     save_text(folder / OPTIONS, config.to_yaml())
     for name in KEPT:
         if (run / name).is_file():
@@ -167,6 +169,7 @@ def load_adapter(
     trained = [p for p in stock.parameters() if p.requires_grad]
     masks, _ = read_adapter(path)
     masked = MaskedModel(stock, arch, config.prune, None)
+    masked.repair(read_repaired(path))
     masked.set_masks(masks)
     masked.keep_masks_with_weights()
     for parameter in trained:

@@ -1,0 +1,244 @@
+"""Closed-form repair: once the masks are hard, output projections are solved anew for what is left of their inputs.
+
+Layer by layer, in the order of the forward pass, the attention's and then the MLP's output projection of the student gets
+the weights that bring it nearest to the intact model on some text: ridge regression towards the weights that it has. It
+reads what the student's own, already repaired, layers give, so errors are not passed on; where a block adds its projection
+to the residual stream as it is, the target is the intact model's stream, so that errors made before are mended too.
+
+Least squares for pruned weights goes back to Optimal Brain Surgeon (Hassibi and Stork 1993); by layer for transformers, from
+the intact model's inputs: arXiv 2203.14187 and others. Only output projections are solved for, as in SlimGPT
+(arXiv 2412.18110) and FLAP, whose bias compensation (arXiv 2312.11983) is the special case of a constant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nuteprune.arch import BLOCKS, submodule
+from nuteprune.masking import MaskedModel
+from nuteprune.masks import Masks
+
+Progress = Callable[[int, int], None]
+
+
+@torch.no_grad()
+def repair(
+    masked: MaskedModel, masks: Masks, sequences: Tensor, damping: float = 0.01, progress: Progress | None = None
+) -> dict[str, Tensor]:
+    """Solves for the student's output projections and installs them (`MaskedModel.repair`).
+
+    Minimises sum |target - W x|^2 + damping * mean(x^2) * |W - W_now|^2 over the kept columns of each projection, for x the
+    student's masked inputs of all tokens.
+
+    Args:
+        masked: the model at its whole widths, LoRA weights in place; the student's masks are installed afterwards.
+        masks: the student's discrete masks.
+        sequences: token ids, int64 [sequences, tokens]; the streams of all of them are held, twice sequences x tokens x hidden
+            values of the model's precision, and as much again for a layer's targets.
+        damping: weight of staying near, in mean squares of the inputs.
+        progress: called with layers done and their number.
+
+    Returns:
+        The new weights by stock name, in whole shape, on the CPU, in the model's precision.
+    """
+    arch, made = masked.arch, {}
+    with masked.uncompiled():
+        dense = _Side(masked, None, sequences)
+        student = _Side(masked, masks, sequences)
+        for layer in range(arch.dims.layers):
+            targets = dense.through(layer)
+            masked.install(student.role)
+            for block in BLOCKS:
+                weight = _solved(student, layer, block, targets[block], damping)
+                if weight is not None:
+                    name = f"{arch.spec.layers}.{layer}.{arch.spec.projection(block)}.weight"
+                    made[name] = weight.cpu()
+                    masked.repair({name: weight})
+            student.through(layer)
+            if progress is not None:
+                progress(layer + 1, arch.dims.layers)
+    masked.set_masks(masks)
+    return made
+
+
+@dataclass
+class _Seen:
+    """What was seen of a block in one layer and sequence, all [tokens, ...].
+
+    Attributes:
+        stream: the residual stream before the block, [tokens, hidden].
+        read: the output projection's input, before its mask.
+        wrote: the projection's output, after its mask.
+    """
+
+    stream: Tensor
+    read: Tensor
+    wrote: Tensor
+
+
+class _Side:
+    """A role of the model on its way through the layers.
+
+    Args:
+        masked: the model.
+        masks: of the student; None for the intact model.
+        sequences: token ids [sequences, tokens].
+    """
+
+    def __init__(self, masked: MaskedModel, masks: Masks | None, sequences: Tensor) -> None:
+        self.masked = masked
+        self.streams: list[Tensor] = []
+        self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self._student = masks is not None
+        self.role = masked.prepare(masks, None, repaired=self._student)
+        with self.playing():
+            for row in sequences:
+                self._enter(row.unsqueeze(0).to(masked.device))
+
+    @contextmanager
+    def playing(self) -> Iterator[None]:
+        """The model in this role; the student keeps its live LoRA weights."""
+        if self._student:
+            self.masked.install(self.role)
+            yield
+        else:
+            with self.masked.playing(self.role):
+                yield
+
+    def _enter(self, ids: Tensor) -> None:
+        """Notes what the first layer reads; the first sequence goes through, for what else every layer is called with."""
+        hooks = []
+
+        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            given = dict(kwargs)
+            states = args[0] if args else given.pop("hidden_states")
+            if module is self.masked.layers[0]:
+                self.streams.append(states)
+                if self.calls:
+                    raise _Entered
+            self.calls.append((args[1:], given))
+
+        try:
+            for layer in self.masked.layers if not self.calls else self.masked.layers[:1]:
+                hooks.append(layer.register_forward_pre_hook(note, with_kwargs=True))
+            self.masked.forward(ids)
+        except _Entered:
+            pass
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def through(self, layer: int) -> dict[str, list[Tensor]]:
+        """Takes the streams through a layer in this role.
+
+        Returns:
+            By block, a tensor [tokens, hidden] a sequence: the stream after the block where blocks add their projections to
+            it as they are (`adds`), else what the projection wrote.
+        """
+        wrote: dict[str, list[Tensor]] = {block: [] for block in BLOCKS}
+        with self.playing():
+            for index, _ in enumerate(self.streams):
+                for block, own in self.run(layer, index).items():
+                    wrote[block].append(own.stream + self.gain * own.wrote if self.adds else own.wrote)
+        return wrote
+
+    def run(self, layer: int, index: int, until: str | None = None) -> dict[str, _Seen]:
+        """One layer on one sequence, in the present role: what was seen of its blocks; the stream moves on behind it.
+
+        Args:
+            layer: its number.
+            index: of the sequence.
+            until: the block whose projection is the last that is needed; the stream then stays.
+        """
+        masked, spec, module = self.masked, self.masked.arch.spec, self.masked.layers[layer]
+        read: dict[str, Tensor] = {}
+        wrote: dict[str, Tensor] = {}
+        hooks = []
+        for block in BLOCKS:
+            projection = submodule(module, spec.projection(block))
+
+            def before(_: nn.Module, args: tuple[Tensor, ...], block: str = block) -> None:
+                read[block] = args[0].flatten(0, -2)
+
+            def after(_: nn.Module, args: Any, output: Tensor, block: str = block) -> None:
+                wrote[block] = output.flatten(0, -2)
+                if block == until:
+                    raise _Entered
+
+            hooks.append(projection.register_forward_pre_hook(before, prepend=True))
+            hooks.append(projection.register_forward_hook(after))
+        states, (args, kwargs) = self.streams[index], self.calls[layer]
+        try:
+            with masked.autocast():
+                found = module(states, *args, **kwargs)
+            self.streams[index] = found[0] if isinstance(found, tuple) else found
+        except _Entered:
+            pass
+        finally:
+            for hook in hooks:
+                hook.remove()
+        stream = {"attention": states.flatten(0, -2)}
+        if "mlp" in wrote:
+            stream["mlp"] = stream["attention"] + self.gain * wrote["attention"]
+        return {block: _Seen(stream[block], read[block], wrote[block]) for block in wrote}
+
+    @property
+    def adds(self) -> bool:
+        """Whether blocks add their projection's output to the stream as it is, without a norm between them."""
+        spec = self.masked.arch.spec
+        return all(spec.output(b) == spec.projection(b) for b in BLOCKS)
+
+    @property
+    def gain(self) -> float:
+        """What a block's output is multiplied by before it is added."""
+        return self.masked.arch.residual_multiplier
+
+
+class _Entered(Exception):
+    """The rest of a forward pass is not needed."""
+
+
+def _solved(student: _Side, layer: int, block: str, targets: list[Tensor], damping: float) -> Tensor | None:
+    """The new weight of a block's projection, [out, in]; None where the block is gone.
+
+    Args:
+        student: at the streams before the layer, its role installed.
+        layer: its number.
+        block: attention or mlp.
+        targets: what `_Side.through` gave for the block in the intact model.
+        damping: as in `repair`.
+    """
+    masked = student.masked
+    path = masked.arch.spec.projection(block)
+    module: Any = submodule(masked.layers[layer], path)
+    weight = masked.weight(layer, f"{path}.weight")
+    precise = torch.promote_types(weight.dtype, torch.float32)
+    inputs = getattr(module, "in_mask", None)
+    outputs = getattr(module, "out_mask", None)
+    inputs = weight.new_ones(weight.shape[1]) if inputs is None else inputs
+    scale = (weight.new_ones(weight.shape[0]) if outputs is None else outputs).double()
+    kept, written = inputs != 0, scale != 0
+    if not (kept.any() and written.any()):
+        return None
+    count = int(kept.sum())
+    square = torch.zeros(count, count, dtype=torch.float64, device=weight.device)
+    cross = torch.zeros(count, weight.shape[0], dtype=torch.float64, device=weight.device)
+    for index, target in enumerate(targets):
+        seen = student.run(layer, index, until=block)[block]
+        x = (seen.read.to(precise) * inputs.to(precise))[:, kept]
+        wanted = target.to(precise)
+        if student.adds:
+            wanted = (wanted - seen.stream.to(precise)) / student.gain
+        square += (x.t() @ x).double()
+        cross += (x.t() @ (wanted - seen.wrote.to(precise))).double()
+    square.diagonal().add_(damping * square.diagonal().mean().clamp_min(1e-12))
+    change = torch.cholesky_solve(cross, torch.linalg.cholesky(square)).t()  # [out, kept], of the masked output
+    solved = weight.to(torch.float64, copy=True)
+    solved[:, kept] += torch.where(written, 1.0 / scale.where(written, 1.0), 0.0).unsqueeze(1) * change
+    return solved.to(weight.dtype)

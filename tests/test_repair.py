@@ -1,0 +1,211 @@
+"""Closed-form repair: it mends what can be mended, and the repaired student is what is trained, saved and exported."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import KINDS, random_masks, tiny_config, tiny_model
+from safetensors.torch import load_file
+from test_trainer import Quiet
+from transformers import AutoModelForCausalLM
+
+from nuteprune import ExportOptions, PruneConfig, export_run, load_adapter, prune, resume
+from nuteprune.arch import Arch
+from nuteprune.checkpoint import checkpoints
+from nuteprune.export.hf import check_equal
+from nuteprune.masking import LoraOptions, MaskedModel
+from nuteprune.masks import Masks
+from nuteprune.progress import read_metrics
+from nuteprune.repair import repair
+from nuteprune.size import BlockSize
+
+IDS = torch.randint(2, 96, (12, 16), generator=torch.Generator().manual_seed(1))
+WIDTHS = ("heads", "intermediate")
+
+
+def made(family: str = "llama", kinds: tuple[str, ...] = WIDTHS, fused: bool = True, **changes: Any) -> MaskedModel:
+    config = tiny_config(family, **changes)
+    masked = MaskedModel(
+        tiny_model(config, dtype=torch.float64), Arch.from_config(config), kinds, LoraOptions(2, 2.0), fused=fused
+    )
+    for parameter in masked.lora.values():  # as a run would have trained them
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(parameter)))
+    return masked
+
+
+def error(masked: MaskedModel, masks: Masks, ids: torch.Tensor) -> float:
+    """Mean squared error of the student's last hidden states."""
+    with torch.no_grad():
+        with masked.role(None, None):
+            wanted = masked.forward(ids)
+        masked.set_masks(masks)
+        return (masked.forward(ids) - wanted).square().mean().item()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "granite", "opt", "phi3", "olmo2"])
+@pytest.mark.parametrize("kinds", [WIDTHS, KINDS], ids=["widths", "all units"])
+def test_the_student_comes_nearer_and_the_teacher_stays(family: str, kinds: tuple[str, ...]) -> None:
+    changes = {"residual_multiplier": 0.5} if family == "granite" else {}
+    kinds = tuple(k for k in kinds if not (family == "opt" and k == "hidden"))
+    masked = made(family, kinds, **changes)
+    masks = random_masks(masked.arch, kinds=kinds)
+    with masked.role(None, None):
+        intact = masked.logits(IDS)
+    before = error(masked, masks, IDS)
+    weights = repair(masked, masks, IDS, damping=1e-3)
+    assert weights
+    assert error(masked, masks, IDS) < 0.9 * before
+    with masked.role(None, None):
+        assert torch.equal(masked.logits(IDS), intact)
+
+
+def test_what_can_be_made_up_for_is_made_up_for() -> None:
+    """Channels that have a twin lose nothing when they go."""
+    config = tiny_config()
+    model = tiny_model(config, dtype=torch.float64)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for part in (layer.mlp.gate_proj, layer.mlp.up_proj):
+                part.weight[24:] = part.weight[:24]
+    masked = MaskedModel(model, Arch.from_config(config), WIDTHS, None)
+    masks = Masks.ones(masked.arch.dims, masked.device)
+    gone = masks.intermediate.clone()
+    gone[:, 24:] = 0.0
+    masks = replace(masks, intermediate=gone)
+    assert error(masked, masks, IDS) > 1e-3
+    repair(masked, masks, IDS, damping=1e-12)
+    assert error(masked, masks, IDS) < 1e-12
+    fresh = torch.randint(2, 96, (3, 16), generator=torch.Generator().manual_seed(2))
+    assert error(masked, masks, fresh) < 1e-10  # no matter the text
+
+
+def test_nothing_pruned_is_nothing_to_repair() -> None:
+    config = tiny_config()
+    masked = MaskedModel(tiny_model(config, dtype=torch.float64), Arch.from_config(config), WIDTHS, None)
+    for name, weight in repair(masked, Masks.ones(masked.arch.dims, masked.device), IDS).items():
+        layer, _, path = name.removeprefix("model.layers.").partition(".")
+        assert torch.allclose(weight, masked.parameter(int(layer), path), atol=1e-10)
+
+
+def test_damping_keeps_weights_where_they_are() -> None:
+    masked = made()
+    masks = random_masks(masked.arch, kinds=WIDTHS)
+    intact = masked.parameter(1, "mlp.down_proj.weight").detach().clone()
+    moved = []
+    for damping in (1e-4, 1.0, 1e6):
+        masked.forget_repair()
+        weights = repair(masked, masks, IDS, damping)
+        moved.append((weights["model.layers.1.mlp.down_proj.weight"] - intact).norm().item())
+    assert moved[0] > moved[1] > 100 * moved[2]
+
+
+def test_blocks_that_are_gone_are_left_alone() -> None:
+    masked = made(kinds=(*WIDTHS, "attention", "mlp"))
+    masks = random_masks(masked.arch, kinds=WIDTHS)
+    masks = replace(masks, attention=torch.tensor([1.0, 0.0, 1.0]), mlp=torch.tensor([0.0, 1.0, 1.0]))
+    names = set(repair(masked, masks, IDS))
+    assert names == {
+        *(f"model.layers.{n}.self_attn.o_proj.weight" for n in (0, 2)),
+        *(f"model.layers.{n}.mlp.down_proj.weight" for n in (1, 2)),
+    }
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "phi3", "granite"])
+def test_the_compact_model_is_the_repaired_one(family: str) -> None:
+    masked = made(family, KINDS)
+    masks = random_masks(masked.arch, kinds=KINDS)
+    plain = check_equal(masked, masks, tiny_config(family), IDS[:2], torch.float64)
+    repair(masked, masks, IDS)
+    found = check_equal(masked, masks, tiny_config(family), IDS[:2], torch.float64)
+    assert found.largest < 1e-7  # LoRA weights are float32
+    assert found.scale != plain.scale  # another model
+
+
+def test_both_ways_to_compute_are_repaired_alike() -> None:
+    found = []
+    for fused in (True, False):
+        masked = made(fused=fused)
+        found.append(repair(masked, random_masks(masked.arch, kinds=WIDTHS), IDS))
+    assert all(torch.allclose(found[0][k], found[1][k], rtol=1e-6, atol=1e-8) for k in found[0])
+
+
+# -- in a run ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def repaired_run(small_run: PruneConfig) -> PruneConfig:
+    return small_run.replace(repair=True, repair_batches=3, prune=WIDTHS)
+
+
+def test_recovery_starts_from_the_repair(repaired_run: PruneConfig, small_run: PruneConfig, tmp_path: Path) -> None:
+    reporter = Quiet()
+    one = prune(repaired_run, reporter)
+    other = prune(small_run.replace(prune=WIDTHS, out=str(tmp_path / "plain")), Quiet())
+    first, second = (read_metrics(r.run / "metrics.jsonl") for r in (one, other))
+    frozen = repaired_run.freeze_step
+    assert [m["loss"] for m in first[:frozen]] == [m["loss"] for m in second[:frozen]]
+    assert [m["loss"] for m in first[frozen:]] != [m["loss"] for m in second[frozen:]]
+    assert one.figures is not None
+    assert one.figures.equality.largest < 1e-3
+    AutoModelForCausalLM.from_pretrained(one.model, trust_remote_code=True)
+
+
+@pytest.mark.parametrize("stop", [3, 16, 20])
+def test_a_repaired_run_resumes_to_the_same_weights(repaired_run: PruneConfig, tmp_path: Path, stop: int) -> None:
+    straight = prune(repaired_run, Quiet())
+    first = prune(repaired_run.replace(out=str(tmp_path / "stopped")), Quiet(interrupt_after=stop))
+    assert not first.complete
+    finished = resume(first.run, Quiet())
+    one, two = (load_file(r.model / "model.safetensors") for r in (straight, finished))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_records_stay_without_it_and_exports_have_it(repaired_run: PruneConfig, tmp_path: Path) -> None:
+    result = prune(repaired_run, Quiet())
+    model = load_file(result.model / "model.safetensors")
+    exported = export_run(result.run, ExportOptions(out=tmp_path / "again", device="cpu"))[0]
+    again = load_file(exported.path / "model.safetensors")
+    assert all(torch.equal(model[k], again[k]) for k in model)
+
+    both = export_run(result.run, ExportOptions(out=tmp_path / "both", sparsity=(0.2, 0.1), device="cpu"))
+    alone = export_run(result.run, ExportOptions(out=tmp_path / "alone", sparsity=(0.1,), device="cpu"))
+    ends = {round(e.stored.wanted, 2): load_file(e.path / "model.safetensors") for e in both}
+    assert all(torch.equal(model[k], ends[0.2][k]) for k in model)
+    denser = load_file(alone[0].path / "model.safetensors")
+    assert all(torch.equal(denser[k], ends[0.1][k]) for k in denser)
+
+
+def test_an_adapter_carries_it(repaired_run: PruneConfig, tmp_path: Path) -> None:
+    result = prune(repaired_run, Quiet())
+    export_run(result.run, ExportOptions(out=tmp_path / "adapter", format="adapter", device="cpu"))
+    adapted, _ = load_adapter(tmp_path / "adapter")
+    compact = AutoModelForCausalLM.from_pretrained(result.model, trust_remote_code=True)
+    with torch.no_grad():
+        assert torch.allclose(adapted(IDS).logits, compact(IDS).logits, atol=1e-4)
+    cut = export_run(tmp_path / "adapter", ExportOptions(out=tmp_path / "cut", device="cpu"))[0]
+    one, two = (load_file(p / "model.safetensors") for p in (result.model, cut.path))
+    assert all(torch.equal(one[k], two[k]) for k in one)
+
+
+def test_a_baseline_can_be_repaired_without_training(repaired_run: PruneConfig, tmp_path: Path) -> None:
+    names = ("model", "data", "sparsity", "batch_size", "seq_len", "round_intermediate", "repair", "repair_batches")
+    kept = {name: getattr(repaired_run, name) for name in names}
+    result = prune(PruneConfig.create(**kept, method="flap", steps=0, device="cpu", out=str(tmp_path / "flap")), Quiet())
+    dense = load_file(Path(repaired_run.model) / "model.safetensors")
+    pruned = load_file(result.model / "model.safetensors")
+    masks = load_file(result.run / "masks.safetensors")
+    kept_channels = masks["intermediate"][2] != 0
+    name = "model.layers.2.mlp.down_proj.weight"
+    assert not torch.allclose(pruned[name], dense[name][:, kept_channels], atol=1e-3)
+    name = "model.layers.2.mlp.up_proj.weight"
+    assert torch.equal(pruned[name], dense[name][kept_channels])
+    size = BlockSize.of(Arch.from_config(AutoModelForCausalLM.from_pretrained(repaired_run.model).config))
+    assert result.figures is not None
+    assert result.figures.blocks_before == size.full
+    assert checkpoints(result.run / "checkpoints")
+    assert json.loads((result.run / "result.json").read_text())["training_tokens"] == 0
