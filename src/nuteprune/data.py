@@ -61,21 +61,40 @@ def read_documents(source: str, text_key: str = "text") -> Iterator[str]:
     Raises:
         DataError: unreadable input, with file and line.
     """
-    path = Path(source)
     if source == PYDOC:
         yield from pydoc_pages(held_out=False)
-    elif path.is_dir():
-        raise DataError(f"--data {source} is a folder; give its files one by one.")
-    elif path.exists():
-        name = path.name.removesuffix(".gz")
-        if name.endswith((".jsonl", ".json")):
-            yield from _read_jsonl(path, text_key)
-        elif name.endswith(".parquet"):
-            yield from _read_table(path, text_key)
-        else:
-            yield "".join(line for _, line in _lines(path))
+    elif _is_text(Path(source)):
+        yield "".join(line for _, line in _lines(Path(source)))
     else:
-        yield from _read_hub(source, text_key)
+        for where, record in read_records(source):
+            yield _field(record, text_key, where)
+
+
+def _is_text(path: Path) -> bool:
+    """Whether a path is a text file rather than records."""
+    return path.is_file() and not path.name.removesuffix(".gz").endswith((".jsonl", ".json", ".parquet"))
+
+
+def read_records(source: str) -> Iterator[tuple[str, Any]]:
+    """Records of a file (jsonl or json, gzipped or not, parquet) or a hub data set, each with "file, line N" for errors.
+
+    Args:
+        source: a path, or a hub id (owner/name or owner/name:config).
+
+    Raises:
+        DataError: unreadable input, with file and line.
+    """
+    path = Path(source)
+    if path.is_dir():
+        raise DataError(f"--data {source} is a folder; give its files one by one.")
+    if not path.exists():
+        yield from _read_hub(source)
+    elif path.name.removesuffix(".gz").endswith(".parquet"):
+        yield from _read_table(path)
+    elif _is_text(path):
+        raise DataError(f"--data {source} is not a file of records; give .json, .jsonl (or .gz), or .parquet.")
+    else:
+        yield from json_lines(path)
 
 
 def pydoc_pages(held_out: bool) -> list[str]:
@@ -110,11 +129,15 @@ def _open(path: Path) -> IO[bytes]:
 
 
 def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    """The values of a file of one JSON value a line, gzipped or not, each with "file, line N" for errors.
+    """The values of a file of one JSON value a line, or of one JSON array, gzipped or not, each with "file, line N".
 
     Raises:
         DataError: unreadable input, with file and line.
     """
+    first = next((line for _, line in _lines(path) if line.strip()), "")
+    if first.strip() == "[" or (first.lstrip().startswith("[") and not first.rstrip().endswith("]")):
+        yield from _json_array(path)
+        return
     for number, line in _lines(path):
         if not line.strip():
             continue
@@ -125,9 +148,13 @@ def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
             raise DataError(f"{where}: not JSON ({error}); every line must be one object.") from error
 
 
-def _read_jsonl(path: Path, key: str) -> Iterator[str]:
-    for where, record in json_lines(path):
-        yield _field(record, key, where)
+def _json_array(path: Path) -> Iterator[tuple[str, Any]]:
+    """The items of a JSON array that goes over lines."""
+    try:
+        items = json.loads("".join(line for _, line in _lines(path)))
+    except ValueError as error:
+        raise DataError(f"{path}: begins like a JSON array, but is none ({error}).") from error
+    yield from ((f"{path}, item {number}", item) for number, item in enumerate(items, 1))
 
 
 def _field(record: Any, key: str, where: str) -> str:
@@ -138,34 +165,29 @@ def _field(record: Any, key: str, where: str) -> str:
     return value.encode("utf-8", "replace").decode("utf-8")  # half of a surrogate pair, as JSON may hold, becomes "?"
 
 
-def _read_table(path: Path, key: str) -> Iterator[str]:
+def _read_table(path: Path) -> Iterator[tuple[str, Any]]:
     import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            if key not in file.schema_arrow.names:
-                names = ", ".join(file.schema_arrow.names)
-                raise DataError(f"{path}: no column {key!r} (there is {names}); name it with --text-key.")
             row = 0
-            for batch in file.iter_batches(columns=[key]):
-                for value in batch.column(0).to_pylist():
+            for batch in file.iter_batches():
+                for record in batch.to_pylist():
                     row += 1
-                    yield _field({key: value}, key, f"{path}, row {row}")
+                    yield f"{path}, row {row}", record
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path} is not a readable parquet file: {' '.join(str(error).split())}.") from error
 
 
-def _read_hub(source: str, key: str) -> Iterator[str]:
+def _read_hub(source: str) -> Iterator[tuple[str, Any]]:
     from datasets import load_dataset
 
     try:
         name, _, configuration = source.partition(":")
         rows = load_dataset(name, configuration or None, split="train", streaming=True)
         for number, record in enumerate(rows):
-            yield _field(record, key, f"{source}, row {number}")
-    except DataError:
-        raise
+            yield f"{source}, row {number}", record
     except Exception as error:  # the hub client raises many kinds; all mean that the data cannot be had
         raise DataError(f"--data {source}: neither a file here nor a data set that the hub gives ({reason(error)}).") from error
 

@@ -40,6 +40,7 @@ from nuteprune.tracking import Trackers, check_trackers
 from nuteprune.trainer import Trainer, make_discretiser, settled
 
 BLOCKS = "data/blocks.safetensors"
+TUNING = "finetune.yaml"  # in the folder of a fine-tuning
 HELD_OUT = 32  # most blocks set apart for perplexity before and after
 HELD_OUT_NAME = "held-out blocks of the training text"
 EXACT_LIMIT = 5e8  # parameters up to which the comparison is made in float64 too
@@ -124,7 +125,9 @@ def check_folder(run: Path) -> None:
     if run.absolute() == Path.cwd():
         raise ConfigError(f"--out {run} is the current folder; give a folder in it.")
     if run.is_dir() and any(run.iterdir()):
-        hint = f"go on with it by nuteprune resume {run}, or " if (run / CONFIG).exists() else ""
+        hint = (
+            f"go on with it by nuteprune resume {run}, or " if any((run / name).exists() for name in (CONFIG, TUNING)) else ""
+        )
         raise ConfigError(f"--out {run} is not empty; {hint}give another folder.")
     if (parent := unwritable_parent(run)) is not None:
         raise ConfigError(f"--out {run} cannot be made: {parent} is not a folder that can be written to.")

@@ -73,7 +73,7 @@ class Source:
                 raise ConfigError(f"model {name}: no such file.")
             return cls(name, str(path.parent), path.name)
         if path.is_dir():
-            inner = path / "model" if (path / "config.yaml").exists() and (path / "model").is_dir() else path
+            inner = path / "model" if (path / "model/config.json").exists() and not (path / "config.json").exists() else path
             if not (inner / "config.json").exists():
                 raise ConfigError(f"model {name}: the folder has no config.json; give a Hugging Face model folder.")
             return cls(name, str(inner))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -12,6 +14,20 @@ from typing import Any
 import yaml
 
 from nuteprune.errors import ConfigError
+
+
+def option(default: Any, text: str, source: str, panel: str, choices: tuple[str, ...] | None = None) -> Any:
+    """A dataclass field that also carries what the command line shows.
+
+    Args:
+        default: its default; MISSING for none.
+        text: its help.
+        source: where the default comes from.
+        panel: the group of options that it is shown in.
+        choices: the values allowed, if they can be listed.
+    """
+    return dataclasses.field(default=default, metadata={"help": text, "source": source, "panel": panel, "choices": choices})
+
 
 SHAPE_KEYS = ("hidden", "heads", "intermediate", "layers")
 
@@ -80,3 +96,21 @@ def checked_type(name: str, value: Any, hint: Any) -> Any:
         return value
     names = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
     raise ConfigError(f"{flag(name)} got {value!r}; allowed is {names.get(wanted, 'a list of values')}.")
+
+
+def check_fields(options: Any) -> None:
+    """Brings the fields of a frozen dataclass to their declared types, and checks their choices.
+
+    Raises:
+        ConfigError: a value of another type, one that is not among the choices, or a number that is not finite.
+    """
+    hints = typing.get_type_hints(type(options))
+    for f in dataclasses.fields(options):
+        value = checked_type(f.name, getattr(options, f.name), hints[f.name])
+        object.__setattr__(options, f.name, value)
+        choices = f.metadata["choices"]
+        given = value if isinstance(value, tuple) else (value,)
+        if choices and (bad := [v for v in given if v not in choices]):
+            raise ConfigError(f"{flag(f.name)} got {bad[0]!r}; allowed are {', '.join(choices)}.")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{flag(f.name)} got {value!r}; allowed is a finite number.")

@@ -25,23 +25,24 @@ COST_OPTIONS = (
 Command = Callable[..., None]
 
 
-def config_options(names: Collection[str] | None = None) -> Callable[[Command], Command]:
-    """A decorator that gives a command one option for each field of `PruneConfig` but `model`.
+def config_options(names: Collection[str] | None = None, of: type = PruneConfig) -> Callable[[Command], Command]:
+    """A decorator that gives a command one option for each field of a dataclass of options but `model`.
 
     The command takes its own parameters and `**options`, the fields that the user gave.
 
     Args:
         names: the fields to give; all by default.
+        of: the dataclass, whose fields are declared by `option_values.option`.
     """
-    return lambda command: _with_options(command, names)
+    return lambda command: _with_options(command, names, of)
 
 
-def _with_options(command: Command, names: Collection[str] | None) -> Command:
+def _with_options(command: Command, names: Collection[str] | None, of: type) -> Command:
     own = [
         p for p in inspect.signature(command, eval_str=True).parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD
     ]
-    fields = [f for f in dataclasses.fields(PruneConfig) if f.name != "model" and (names is None or f.name in names)]
-    made = [_parameter(f) for f in fields]
+    fields = [f for f in dataclasses.fields(of) if f.name != "model" and (names is None or f.name in names)]
+    made = [_parameter(f, of is PruneConfig) for f in fields]
 
     def wrapper(**values: Any) -> None:
         mine = {p.name: values.pop(p.name) for p in own}
@@ -54,7 +55,7 @@ def _with_options(command: Command, names: Collection[str] | None) -> Command:
     return wrapper
 
 
-def _parameter(field: dataclasses.Field[Any]) -> inspect.Parameter:
+def _parameter(field: dataclasses.Field[Any], recipes: bool) -> inspect.Parameter:
     """The option of a field: a value that is None unless given, so that recipe and file keep theirs."""
     name, kind = flag(field.name), str(field.type)
     value_type: Any
@@ -69,16 +70,16 @@ def _parameter(field: dataclasses.Field[Any]) -> inspect.Parameter:
         value_type = float
     else:
         value_type = str
-    option = typer.Option(*declared, help=_help(field), rich_help_panel=field.metadata["panel"], show_default=False)
+    option = typer.Option(*declared, help=_help(field, recipes), rich_help_panel=field.metadata["panel"], show_default=False)
     return inspect.Parameter(
         field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[value_type | None, option]
     )
 
 
-def _help(field: dataclasses.Field[Any]) -> str:
+def _help(field: dataclasses.Field[Any], recipes: bool) -> str:
     """Help text, default and its source, and the paper recipe's value where it differs."""
     text = f"{field.metadata['help']} Default: {_shown(field.default)} ({field.metadata['source']})."
-    if field.name in RECIPES["paper"] and _shown(RECIPES["paper"][field.name]) != _shown(field.default):
+    if recipes and field.name in RECIPES["paper"] and _shown(RECIPES["paper"][field.name]) != _shown(field.default):
         text += f" Recipe paper: {_shown(RECIPES['paper'][field.name])}."
     return text
 

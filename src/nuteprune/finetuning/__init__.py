@@ -1,0 +1,1 @@
+"""Instruction fine-tuning of a pruned model."""
