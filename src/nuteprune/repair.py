@@ -39,8 +39,8 @@ def repair(
     Args:
         masked: the model at its whole widths, LoRA weights in place; the student's masks are installed afterwards.
         masks: the student's discrete masks.
-        sequences: token ids, int64 [sequences, tokens]; the streams of all of them are held, twice sequences x tokens x hidden
-            values of the model's precision, and as much again for a layer's targets.
+        sequences: token ids, int64 [sequences, tokens]; held of all of them are the streams of both models, what a layer of
+            the intact model wrote, and what one projection of the student reads, in the model's precision.
         damping: weight of staying near, in mean squares of the inputs.
         progress: called with layers done and their number.
 
@@ -55,12 +55,16 @@ def repair(
             targets = dense.through(layer)
             masked.install(student.role)
             for block in BLOCKS:
-                weight = _solved(student, layer, block, targets[block], damping)
+                seen = [student.run(layer, index, until=block)[block] for index in range(len(sequences))]
+                weight = _solved(student, layer, block, seen, targets[block], damping)
                 if weight is not None:
                     name = f"{arch.spec.layers}.{layer}.{arch.spec.projection(block)}.weight"
                     made[name] = weight.cpu()
                     masked.repair({name: weight})
-            student.through(layer)
+            if student.adds:  # the MLP's projection is all that has changed since
+                student.add(layer, seen)
+            else:
+                student.through(layer)
             if progress is not None:
                 progress(layer + 1, arch.dims.layers)
     masked.set_masks(masks)
@@ -188,6 +192,14 @@ class _Side:
             stream["mlp"] = stream["attention"] + self.gain * wrote["attention"]
         return {block: _Seen(stream[block], read[block], wrote[block]) for block in wrote}
 
+    def add(self, layer: int, seen: list[_Seen]) -> None:
+        """Takes the streams to a layer's end from what was seen of its MLP, whose projection runs once more."""
+        module = submodule(self.masked.layers[layer], self.masked.arch.spec.projection("mlp"))
+        for index, own in enumerate(seen):
+            with self.masked.autocast():
+                after = own.stream + self.gain * module(own.read)
+            self.streams[index] = after.view_as(self.streams[index])
+
     @property
     def adds(self) -> bool:
         """Whether blocks add their projection's output to the stream as it is, without a norm between them."""
@@ -204,13 +216,14 @@ class _Entered(Exception):
     """The rest of a forward pass is not needed."""
 
 
-def _solved(student: _Side, layer: int, block: str, targets: list[Tensor], damping: float) -> Tensor | None:
+def _solved(student: _Side, layer: int, block: str, seen: list[_Seen], targets: list[Tensor], damping: float) -> Tensor | None:
     """The new weight of a block's projection, [out, in]; None where the block is gone.
 
     Args:
         student: at the streams before the layer, its role installed.
         layer: its number.
         block: attention or mlp.
+        seen: of the block in each sequence.
         targets: what `_Side.through` gave for the block in the intact model.
         damping: as in `repair`.
     """
@@ -229,14 +242,13 @@ def _solved(student: _Side, layer: int, block: str, targets: list[Tensor], dampi
     count = int(kept.sum())
     square = torch.zeros(count, count, dtype=torch.float64, device=weight.device)
     cross = torch.zeros(count, weight.shape[0], dtype=torch.float64, device=weight.device)
-    for index, target in enumerate(targets):
-        seen = student.run(layer, index, until=block)[block]
-        x = (seen.read.to(precise) * inputs.to(precise))[:, kept]
+    for own, target in zip(seen, targets, strict=True):
+        x = (own.read.to(precise) * inputs.to(precise))[:, kept]
         wanted = target.to(precise)
         if student.adds:
-            wanted = (wanted - seen.stream.to(precise)) / student.gain
+            wanted = (wanted - own.stream.to(precise)) / student.gain
         square += (x.t() @ x).double()
-        cross += (x.t() @ (wanted - seen.wrote.to(precise))).double()
+        cross += (x.t() @ (wanted - own.wrote.to(precise))).double()
     square.diagonal().add_(damping * square.diagonal().mean().clamp_min(1e-12))
     change = torch.cholesky_solve(cross, torch.linalg.cholesky(square)).t()  # [out, kept], of the masked output
     solved = weight.to(torch.float64, copy=True)
