@@ -189,6 +189,20 @@ def test_widths_wanted_are_the_widths_expected(head_unit: str) -> None:
     assert torch.equal(keep["attention"], keep["mlp"])
 
 
+@pytest.mark.parametrize("shape", ["linear", "cubic"])
+def test_a_ramp_grows_to_its_target(shape: str) -> None:
+    ramp = [schedule(step, 10, 0.4, shape) for step in range(15)]
+    assert ramp[9:] == [pytest.approx(0.4)] * 6
+    assert ramp == sorted(ramp)
+    rises = [b - a for a, b in zip([0.0, *ramp[:9]], ramp[:10], strict=True)]
+    if shape == "linear":
+        assert rises == pytest.approx([0.04] * 10)
+    else:
+        assert rises == sorted(rises, reverse=True)
+        assert ramp[4] == pytest.approx(0.4 * 0.875)
+    assert schedule(0, 0, 0.4, shape) == 0.4
+
+
 def test_importance_start_orders_units_and_favours_heads() -> None:
     gates = _gates(Deterministic(0.5, 0.05), ("heads", "intermediate"))
     importance = {

@@ -88,6 +88,8 @@ def test_policies_by_the_book() -> None:
     assert {walk.count(r) for r in range(16)} == {4}  # 64 steps, evenly over 16 teachers
     assert [TeacherPolicy("intact", 10, 100).record(s, 25, 36) for s in (0, 50, 99)] == [0, 0, 0]
     assert TeacherPolicy("none", 10, 100).record(5, 25, None) is None
+    at_once = TeacherPolicy("numerous", 10, 100, walk_back=False)
+    assert [at_once.record(s, 25, r) for s, r in ((30, None), (36, 36), (99, 36))] == [15, 0, 0]
 
 
 @pytest.mark.parametrize("gates", ["deterministic", "hard-concrete"])
@@ -262,6 +264,9 @@ FELT: dict[str, Any] = {
     "teachers": "intact",
     "teacher_lag": 2,
     "snapshot_every": 0.02,
+    "walk_back": False,
+    "ramp_shape": "cubic",
+    "lora_plus": 8.0,
     "kl_weight": 0.5,
     "temperature": 2.0,
     "hidden_loss": "normalised",

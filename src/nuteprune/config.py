@@ -124,6 +124,13 @@ class PruneConfig:
     warmup: float = option(
         0.5, "Share of the steps over which the target sparsity grows from 0 to --sparsity.", RECIPE, "Budget"
     )
+    ramp_shape: str = option(
+        "linear",
+        "How the target grows: linear, or cubic, fast at first (Zhu and Gupta 2017).",
+        "the paper",
+        "Budget",
+        ("linear", "cubic"),
+    )
     recovery: float = option(
         0.35, "Share of the steps, at the end, in which the masks are frozen and only LoRA trains.", RECIPE, "Budget"
     )
@@ -138,6 +145,12 @@ class PruneConfig:
         "LoRA",
     )
     lr: float = option(1e-3, "Peak learning rate of LoRA (AdamW).", PAPER, "LoRA")
+    lora_plus: float = option(
+        1.0,
+        "Learning rate of the LoRA B matrices over that of the A matrices (LoRA+, arXiv 2402.12354).",
+        "1: plain LoRA",
+        "LoRA",
+    )
     lr_schedule: str = option(
         "trapezoid",
         "LoRA learning rate over the run, after a 3 % warm-up: constant, linear (to 0), cosine (to 0), or trapezoid "
@@ -217,6 +230,13 @@ class PruneConfig:
         ("numerous", "intact", "none"),
     )
     teacher_lag: int = option(10, "Records between the student and its teacher.", "the paper", "Teachers and losses")
+    walk_back: bool = option(
+        True,
+        "Teachers walk back over the records, to ever denser ones, once the target is reached; else the intact model takes "
+        "over at once.",
+        "the paper",
+        "Teachers and losses",
+    )
     snapshot_every: float = option(
         0.01, "Sparsity between two records of the teacher bank.", "the paper", "Teachers and losses"
     )
@@ -336,7 +356,7 @@ class PruneConfig:
                 f"--warmup {self.warmup:g} and --recovery {self.recovery:g} add up to more than 1; masks are frozen after "
                 "the ramp, so lower one of them."
             )
-        for name in ("lr", "gate_lr", "control_lr", "temperature", "repair_damping"):
+        for name in ("lr", "gate_lr", "control_lr", "temperature", "repair_damping", "lora_plus"):
             need(name, getattr(self, name) > 0, "a number above 0")
         for name in ("weight_decay", "grad_clip", "kl_weight", "hidden_weight", "lm_weight"):
             need(name, getattr(self, name) >= 0, "a number from 0")

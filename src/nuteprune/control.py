@@ -13,9 +13,19 @@ from nuteprune.size import BlockSize, Unit
 _ROUNDS = 50  # of bisection
 
 
-def schedule(step: int, ramp: int, target: float) -> float:
-    """Sparsity asked for at a step (from 0): linear from 0 to the target over `ramp` steps, then the target."""
-    return target if step >= ramp else target * (step + 1) / max(ramp, 1)
+def schedule(step: int, ramp: int, target: float, shape: str = "linear") -> float:
+    """Sparsity asked for at a step (from 0): from 0 to the target over `ramp` steps, then the target.
+
+    Args:
+        step: the step.
+        ramp: steps of the ramp.
+        target: the target.
+        shape: linear, or cubic: 1 - (1 - x)^3 of the target at share x of the ramp (Zhu and Gupta, arXiv 1710.01878).
+    """
+    if step >= ramp:
+        return target
+    share = (step + 1) / ramp
+    return target * (share if shape == "linear" else 1.0 - (1.0 - share) ** 3)
 
 
 Keep = Callable[[Unit], Unit]

@@ -8,6 +8,7 @@ CRITERIA = ("taylor", "magnitude", "wanda", "flap")  # of importance (`importanc
 SHAPE_DECIDES = ("sparsity", "prune", "uniform")  # options that a target shape decides
 METHOD_DECIDES = (  # options of learned gates and their teachers, which a one-shot method has not
     "warmup", "recovery", "gates", "gate_lr", "gate_width", "control", "control_lr", "teacher_lag", "snapshot_every",
+    "ramp_shape", "walk_back",
 )  # fmt: skip
 
 RECIPES: dict[str, dict[str, Any]] = {

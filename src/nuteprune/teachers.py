@@ -120,11 +120,13 @@ class TeacherPolicy:
         kind: numerous, intact or none.
         lag: records between student and teacher while sparsity grows.
         total_steps: steps of the run.
+        walk_back: whether teachers walk back over the records once the target is reached; else the intact model takes over.
     """
 
     kind: str
     lag: int
     total_steps: int
+    walk_back: bool = True
 
     @property
     def keeps_records(self) -> bool:
@@ -135,7 +137,7 @@ class TeacherPolicy:
         """The teacher of a step (from 0).
 
         While sparsity grows it is the record `lag` back. From step `reached`, the remaining steps are split evenly over
-        the records from that one down to the intact model.
+        the records from that one down to the intact model (without `walk_back` they are all its).
 
         Args:
             step: the step.
@@ -150,6 +152,8 @@ class TeacherPolicy:
         newest = max(records - self.lag, INTACT)
         if self.kind == "intact" or reached is None:
             return INTACT if self.kind == "intact" else newest
+        if not self.walk_back:
+            return INTACT
         left = self.total_steps - 1 - reached
         share = (step - reached) / left if left > 0 else 1.0  # 1 at the last step, which is the intact model's
         return max(newest - int(share * (newest + 1)), INTACT)

@@ -118,10 +118,18 @@ class Trainer:
             if config.control == "lagrangian"
             else ProjectionControl(self.size)
         )
-        self.lora_optimizer = torch.optim.AdamW(self.masked.lora.values(), lr=config.lr, weight_decay=config.weight_decay)
+        self.lora_names = sorted(self.masked.lora, key=lambda name: ".lora_B." in name)  # in the optimiser's order
+        self.lora_optimizer = torch.optim.AdamW(
+            [
+                {"params": [self.masked.lora[n] for n in self.lora_names if (".lora_B." in n) == b], "ratio": ratio}
+                for b, ratio in ((False, 1.0), (True, config.lora_plus))
+            ],
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+        )
         self.gate_optimizer = torch.optim.Adam(self.gates.parameters(), lr=config.gate_lr)
 
-        self.policy = TeacherPolicy(config.teachers, config.teacher_lag, self.total)
+        self.policy = TeacherPolicy(config.teachers, config.teacher_lag, self.total, config.walk_back)
         self.bank = TeacherBank(folder / "teachers")
         self.teacher: tuple[int, Role] | None = None  # the record that teaches now, ready to be played
         self.masks: Masks | None = None  # discrete masks, once frozen
@@ -176,7 +184,7 @@ class Trainer:
         step, config = self.state.step, self.config
         if step >= self.freeze_step and self.masks is None:
             self.freeze()
-        target = schedule(step, self.ramp, config.sparsity)
+        target = schedule(step, self.ramp, config.sparsity, config.ramp_shape)
         batch = self.blocks.batch(step, config.batch_size, config.seed).to(self.masked.device)
         layer_states = config.hidden_loss != "none" and config.teachers != "none"
 
@@ -283,7 +291,7 @@ class Trainer:
             if not (math.isfinite(norm) and math.isfinite(float(torch.nn.utils.get_total_norm(gates)))):
                 raise self.not_finite("gradient", step)
             for group in self.lora_optimizer.param_groups:
-                group["lr"] = self.config.lr * lr_factor(self.config.lr_schedule, step, self.total)
+                group["lr"] = self.config.lr * lr_factor(self.config.lr_schedule, step, self.total) * group["ratio"]
             self.lora_optimizer.step()
             self.lora_optimizer.zero_grad()
         if self.masks is None:
@@ -397,10 +405,10 @@ class Trainer:
 
     def save(self) -> Path:
         """Writes a checkpoint of everything; LoRA weights in their whole shape, zero where the masks took a unit away."""
-        widths, names = self.masked.widths, list(self.masked.lora)
+        widths = self.masked.widths
         tensors = {f"lora.{name}": self.masked.spread_lora(name, p.data, widths) for name, p in self.masked.lora.items()}
         for key, value in optimizer_tensors(self.lora_optimizer, "lora_optimizer").items():
-            name = names[int(key.split(".")[1])]
+            name = self.lora_names[int(key.split(".")[1])]
             tensors[key] = self.masked.spread_lora(name, value, widths) if value.dim() > 0 else value
         tensors |= {f"gates.{k}": p for k, p in self.gates.log_alpha.items()}
         tensors |= optimizer_tensors(self.gate_optimizer, "gate_optimizer")

@@ -37,7 +37,7 @@ def timetable(config: PruneConfig) -> list[Point]:
     With the projection control this is what the run does, step by step; with the lagrangian control sparsity lags by an
     amount that cannot be known, so that teachers change later than said here.
     """
-    policy = TeacherPolicy(config.teachers, config.teacher_lag, config.total_steps)
+    policy = TeacherPolicy(config.teachers, config.teacher_lag, config.total_steps, config.walk_back)
     points: list[Point] = []
     records, walk_from = 0, 0
     reached: int | None = None
@@ -54,7 +54,7 @@ def timetable(config: PruneConfig) -> list[Point]:
             phase = "walk-back" if policy.keeps_records else "hold"
         points.append(Point(phase, "none" if record is None else "intact" if record == INTACT else "record"))
         if not frozen:
-            sparsity = schedule(step, config.ramp_steps, config.sparsity)
+            sparsity = schedule(step, config.ramp_steps, config.sparsity, config.ramp_shape)
             if policy.keeps_records:
                 passed = int((sparsity + 1e-4) / config.snapshot_every)
                 records = max(records, min(passed, last_record(config)))
