@@ -137,3 +137,27 @@ def test_pydoc_pages_for_training_and_evaluation_do_not_meet() -> None:
     assert len(held_out) > 5
     assert len(train) > 3 * len(held_out)
     assert not set(train) & set(held_out)
+
+
+def test_arrays_byte_order_marks_and_wide_tables(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    records = [{"text": "one"}, {"text": "two"}]
+    for name, content in (
+        ("a.json", json.dumps(records)),
+        ("b.json", json.dumps(records, indent=2)),
+        ("c.jsonl", "\ufeff" + "\n".join(map(json.dumps, records))),
+    ):
+        (tmp_path / name).write_text(content, encoding="utf-8")
+        assert list(read_documents(str(tmp_path / name))) == ["one", "two"]
+    (tmp_path / "d.json").write_text("[]")
+    assert list(read_documents(str(tmp_path / "d.json"))) == []
+    (tmp_path / "e.json").write_text('[{"text": "one"},\n')
+    with pytest.raises(DataError, match="begins like a JSON array, but is none"):
+        list(read_documents(str(tmp_path / "e.json")))
+    table = pyarrow.table({"text": ["one", "two"], "other": [1, 2]})
+    pyarrow.parquet.write_table(table, tmp_path / "f.parquet")
+    assert list(read_documents(str(tmp_path / "f.parquet"))) == ["one", "two"]
+    with pytest.raises(DataError, match=r"none of the columns body .there is text, other.; name the text's with --text-key"):
+        list(read_documents(str(tmp_path / "f.parquet"), "body"))

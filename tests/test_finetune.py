@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from itertools import groupby
 from pathlib import Path
@@ -13,15 +14,17 @@ import pytest
 import torch
 from conftest import make_tokenizer, tiny_config, tiny_model
 from rich.console import Console
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_trainer import Quiet
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nuteprune import EvalOptions, FinetuneOptions, PruneConfig, evaluate, finetune, prune, resume_finetune
 from nuteprune.cli import main
 from nuteprune.errors import ConfigError, DataError
-from nuteprune.finetuning.instructions import IGNORED, Examples, encoder, read_chats, read_examples
+from nuteprune.finetuning.instructions import IGNORED, Examples, _alpaca, _chat, pick_template, read_chats, read_examples
 from nuteprune.finetuning.loss import Answers, answer_loss
+from nuteprune.finetuning.run import _Tuning
 from nuteprune.models import Source
 from nuteprune.progress import Reporter, read_metrics
 
@@ -141,6 +144,66 @@ def test_distilling_from_the_intact_model_comes_nearer_to_it(run: Path, alpaca: 
     assert ends[1.0][-1]["lm_loss"] > ends[0.0][-1]["lm_loss"]  # it does not learn the answers
 
 
+def test_whole_passes_see_every_example_alike(run: Path, alpaca: Path, tmp_path: Path) -> None:
+    given = options(run, alpaca, tmp_path / "o", steps=None, epochs=3)
+    examples = Examples([torch.arange(n + 2) for n in range(10)], [torch.arange(n + 2) for n in range(10)])
+    model = Source.find(str(run)).model(torch.device("cpu"), torch.float32)
+    tuning = _Tuning(given, tmp_path, model, None, examples, 10, 0)
+    assert tuning.total == 9
+    seen = [row for step in range(tuning.total) for row in tuning.rows(step)]
+    assert sorted(seen) == sorted(list(range(10)) * 3)
+    assert [tuning.rows(s) for s in range(3)] != [tuning.rows(s) for s in range(3, 6)]
+
+
+def test_weights_that_do_not_change_are_copied(alpaca: Path, tmp_path: Path) -> None:
+    """Another precision in the file than in training: one rounding, and only of what was trained."""
+    folder = tmp_path / "model"
+    tiny_model(tiny_config(tie_word_embeddings=False), dtype=torch.float16).save_pretrained(folder, max_shard_size="20KB")
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(folder)
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    result = finetune(options(folder, alpaca, tmp_path / "o", dtype="bfloat16", steps=3), Reporter(Console(quiet=True)))
+    before: dict[str, torch.Tensor] = {}
+    after: dict[str, torch.Tensor] = {}
+    for path in folder.glob("*.safetensors"):
+        before |= load_file(path)
+        after |= load_file(result.model / path.name)
+    assert all(after[name].dtype == torch.float16 for name in before)
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    assert {n for n in before if "norm" in n or "embed" in n or "lm_head" in n} <= same
+    assert "model.layers.1.mlp.up_proj.weight" not in same
+
+
+def test_another_base_is_not_gone_on_with(model_folder: Path, alpaca: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(folder)
+    monkeypatch.chdir(tmp_path)
+    given = options(Path("model"), alpaca, Path("o"))
+    assert not finetune(given, Stopping(2)).complete
+    monkeypatch.chdir(folder)
+    kept = (folder / "model.safetensors").read_bytes()
+    tiny_model(tiny_config(), seed=5).save_pretrained(folder)
+    with pytest.raises(ConfigError, match=r"began with another model .* start a new one"):
+        resume_finetune(tmp_path / "o", Reporter(Console(quiet=True)))
+    (folder / "model.safetensors").write_bytes(kept)
+    shutil.copyfile(model_folder / "config.json", folder / "config.json")
+    shutil.copyfile(model_folder / "generation_config.json", folder / "generation_config.json")
+    assert resume_finetune(tmp_path / "o", Reporter(Console(quiet=True))).complete
+
+
+def test_files_that_cannot_be_written_alike_are_refused_before_training(alpaca: Path, tmp_path: Path, run: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(run / "model", folder)
+    tensors = load_file(folder / "model.safetensors")
+    save_file({**tensors, "extra.weight": torch.ones(3)}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ConfigError, match=r"extra.weight is not both in its files and in the model"):
+        finetune(options(folder, alpaca, tmp_path / "o"), Reporter(Console(quiet=True)))
+
+
 # -- losses ------------------------------------------------------------------------------------------------------------
 
 
@@ -204,15 +267,18 @@ def test_formats_are_one(tmp_path: Path) -> None:
     chat = write(tmp_path / "a.jsonl", {"messages": asked})
     share = write(tmp_path / "b.jsonl", {"conversations": [{"from": "human", "value": "a b"}, {"from": "gpt", "value": "c"}]})
     plain = write(tmp_path / "c.jsonl", {"instruction": "a b", "input": "", "output": "c"})
-    (tmp_path / "d.json").write_text(json.dumps([{"instruction": "a b", "output": "c"}], indent=1))
-    for source in (chat, share, plain, str(tmp_path / "d.json")):
+    record = {"instruction": "a b", "output": "c"}
+    (tmp_path / "d.json").write_text(json.dumps([record], indent=1))
+    (tmp_path / "e.json").write_text(json.dumps([record]))
+    (tmp_path / "f.jsonl").write_text("\ufeff" + json.dumps(record) + "\n")
+    for source in (chat, share, plain, *(str(tmp_path / name) for name in ("d.json", "e.json", "f.jsonl"))):
         ((_, found),) = read_chats(source)
         assert [{k: m[k] for k in ("role", "content")} for m in found] == asked
 
 
 def test_only_answers_are_learned_in_a_chat(tokenizer: Any) -> None:
     turns = [("system", "red"), ("user", "the cat"), ("assistant", "sat on it"), ("user", "all"), ("assistant", "day")]
-    ids, learned = encoder(tokenizer, "auto")("here", [{"role": r, "content": c} for r, c in turns])
+    ids, learned = _chat(tokenizer, "here", [{"role": r, "content": c} for r, c in turns])
     runs = [(own, [i for i, _ in group]) for own, group in groupby(zip(ids, learned, strict=True), key=lambda pair: pair[1])]
     text = [(own, tokenizer.decode(found)) for own, found in runs]
     assert [own for own, _ in text] == [False, True, False, True]
@@ -224,7 +290,7 @@ def test_only_answers_are_learned_in_a_chat(tokenizer: Any) -> None:
 @pytest.mark.parametrize("extra", ["", "x y"])
 def test_alpacas_prompt_is_stanfords(extra: str, tokenizer: Any) -> None:
     message = {"role": "user", "content": "a", "instruction": "a b", "input": extra}
-    ids, learned = encoder(tokenizer, "alpaca")("here", [message, {"role": "assistant", "content": "c"}])
+    ids, learned = _alpaca(tokenizer, "here", [message, {"role": "assistant", "content": "c"}])
     if extra:
         prompt = (
             "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
@@ -249,9 +315,10 @@ def test_long_answers_are_cut_and_long_questions_left_out(tmp_path: Path, tokeni
         {"instruction": "a", "output": "b"},
     )
     found = read_examples((long,), tokenizer, "chat", 24, None, 0)
-    assert (len(found), found.cut, found.left_out) == (2, 1, 1)
+    assert len(found) == 2
+    assert found.about == {"records": 3, "unanswered": 0, "long": 1, "cut": 1}
     assert max(len(i) for i in found.ids) == 24
-    assert len(read_examples((long,), tokenizer, "chat", 24, 1, 0)) <= 1
+    assert all(len(read_examples((long,), tokenizer, "chat", 24, 1, seed)) == 1 for seed in range(4))
     again = Examples.from_tensors(found.tensors())
     assert all(torch.equal(a, b) for a, b in zip(found.ids + found.labels, again.ids + again.labels, strict=True))
     ids, labels, mask = found.batch([0, 1], pad=7)
@@ -264,8 +331,8 @@ def test_long_answers_are_cut_and_long_questions_left_out(tmp_path: Path, tokeni
     ("record", "message"),
     [
         ({"text": "a"}, r"line 1: neither an instruction \(instruction, output\) nor a chat .* there is text"),
-        ([1], "line 1: neither .* there is list"),
-        ({"instruction": "a", "output": " "}, "line 1: an instruction without an answer"),
+        ([1], "item 1: neither .* there is int"),
+        ({"instruction": "a", "output": " "}, "1 records, but none with a question and an answer to it"),
         ({"messages": [{"role": "robot", "content": "a"}]}, "line 1: neither"),
         ({"messages": []}, "line 1: neither"),
         ({"instruction": "a", "input": 3, "output": "b"}, "line 1: neither"),
@@ -277,16 +344,40 @@ def test_bad_records_are_named(record: Any, message: str, tmp_path: Path, tokeni
         read_examples((write(tmp_path / "a.jsonl", record),), tokenizer, "chat", 24, None, 0)
 
 
+def test_what_has_no_answer_is_left_out(tmp_path: Path, tokenizer: Any) -> None:
+    first = {
+        "conversations": [{"from": "gpt", "value": "hi"}, {"from": "human", "value": "a"}, {"from": "gpt", "value": "day"}]
+    }
+    only = {"conversations": [{"from": "gpt", "value": "hi"}, {"from": "human", "value": "a"}]}
+    empty = {"instruction": "a", "output": ""}
+    found = read_examples((write(tmp_path / "a.jsonl", first, only, empty),), tokenizer, "chat", 64, None, 0)
+    assert found.about == {"records": 3, "unanswered": 2, "long": 0, "cut": 0}
+    assert "day" in tokenizer.decode(found.ids[0][found.labels[0] != IGNORED])
+
+
+def test_a_prompt_begins_as_the_tokenizer_begins_one(tokenizer: Any) -> None:
+    """Llama 3's tokenizer adds its first token by a post-processor, not by add_bos_token."""
+    message = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    bare, _ = _alpaca(tokenizer, "here", message)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    dressed, learned = _alpaca(tokenizer, "here", message)
+    assert dressed == [tokenizer.bos_token_id, *bare]
+    assert not learned[0]
+
+
 def test_a_template_that_does_not_continue_is_refused(tokenizer: Any) -> None:
     tokenizer.chat_template = "{% for m in messages | reverse %}{{ m['content'] }} {% endfor %}"
     with pytest.raises(ConfigError, match=r"does not continue its own prompt.*--template alpaca"):
-        encoder(tokenizer, "chat")("here", [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+        _chat(tokenizer, "here", [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
     tokenizer.chat_template = "{{ raise_exception('no system') }}"
     with pytest.raises(DataError, match=r"refuses it .*--template alpaca"):
-        encoder(tokenizer, "chat")("here", [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+        _chat(tokenizer, "here", [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
     tokenizer.chat_template = None
     with pytest.raises(ConfigError, match=r"--template got 'chat', but the tokenizer has no chat template; give alpaca"):
-        encoder(tokenizer, "chat")
+        pick_template(tokenizer, "chat")
+    assert pick_template(tokenizer, "auto") == "alpaca"
 
 
 # -- command line ------------------------------------------------------------------------------------------------------

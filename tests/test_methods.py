@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 from test_trainer import Quiet
 from transformers import AutoModelForCausalLM
 
-from nuteprune import PruneConfig, prune, resume
+from nuteprune import ExportOptions, PruneConfig, estimate, export_run, prune, resume, write_report
 from nuteprune.arch import Arch
 from nuteprune.errors import ConfigError
 from nuteprune.gates import Deterministic, GateSet
@@ -21,7 +22,6 @@ from nuteprune.importance import flap, magnitude, unit_scores, wanda
 from nuteprune.masking import LoraOptions, MaskedModel
 from nuteprune.progress import read_metrics
 from nuteprune.recipes import CRITERIA
-from nuteprune.size import BlockSize
 
 IDS = torch.randint(2, 96, (3, 12), generator=torch.Generator().manual_seed(1))
 
@@ -40,11 +40,15 @@ def made(family: str, kinds: tuple[str, ...], head_unit: str = "group") -> tuple
     return masked, GateSet(arch, kinds, Deterministic(0.5, 0.05), torch.Generator(), head_unit)
 
 
-@pytest.mark.parametrize("family", ["llama", "phi3", "qwen3", "opt"])
-def test_magnitude_is_the_squares_of_the_weights_that_go(family: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "head_unit"),
+    [(f, u) for f in ("llama", "phi3", "qwen3", "opt") for u in ("group", "query") if (f, u) != ("opt", "query")],
+)
+def test_magnitude_is_the_squares_of_the_weights_that_go(family: str, head_unit: str) -> None:
     """A unit's weights are found by cutting it away: what the sum of squares loses is its magnitude."""
     kinds = ("heads", "intermediate", "hidden", "mlp")
-    masked, gates = made(family, kinds)
+    masked, gates = made(family, kinds, head_unit)
+    head = (1, 1) if head_unit == "group" else (1, 1, 1)
     arch = masked.arch
     found = magnitude(masked, gates)
 
@@ -61,7 +65,7 @@ def test_magnitude_is_the_squares_of_the_weights_that_go(family: str) -> None:
         return total
 
     everything = {k: torch.ones(a.shape) for k, a in gates.log_alpha.items()}
-    for kind, place in (("heads", (1, 1)), ("intermediate", (2, 7)), ("hidden", (5,)), ("mlp", (0,))):
+    for kind, place in (("heads", head), ("intermediate", (2, 7)), ("hidden", (5,)), ("mlp", (0,))):
         less = {k: v.clone() for k, v in everything.items()}
         less[kind][place] = 0.0
         assert found[kind][place].item() == pytest.approx(squares(everything) - squares(less), rel=1e-4)
@@ -93,16 +97,15 @@ def test_wanda_and_flap_are_their_formulas(head_unit: str, each: int) -> None:
 
 def test_scores_are_those_of_the_intact_model_and_leave_it_so() -> None:
     masked, gates = made("llama", ("heads", "intermediate"))
-    cost = BlockSize.of(masked.arch).unit_cost("group")
     before = masked.logits(IDS)
     for criterion in CRITERIA:
-        first = unit_scores(criterion, masked, gates, IDS, cost, 1.0)
+        first = unit_scores(criterion, masked, gates, IDS, 1.0)
         masked.set_masks(gates.expand({k: torch.zeros(a.shape) for k, a in gates.log_alpha.items()}))
-        again = unit_scores(criterion, masked, gates, IDS, cost, 1.0)
+        again = unit_scores(criterion, masked, gates, IDS, 1.0)
         assert all(torch.equal(first[k], again[k]) for k in first)
         assert torch.equal(masked.logits(IDS), before)
-    heads = [unit_scores(c, masked, gates, IDS, cost, 1.0)["heads"].flatten().argsort().tolist() for c in CRITERIA]
-    assert len({tuple(h) for h in heads}) > 1  # they are not one criterion under four names
+    orders = [unit_scores(c, masked, gates, IDS, 1.0)["intermediate"].flatten().argsort().tolist() for c in CRITERIA]
+    assert len({tuple(order) for order in orders}) == 4  # they are not one criterion under four names
 
 
 @pytest.mark.parametrize("method", CRITERIA)
@@ -121,12 +124,17 @@ def test_a_baseline_recovers_and_loads(method: str, small_run: PruneConfig, tmp_
     AutoModelForCausalLM.from_pretrained(result.model, trust_remote_code=True)
 
 
-@pytest.mark.parametrize("changes", [{"steps": 0}, {"tokens": 0}], ids=str)
+@pytest.mark.parametrize(("method", "budget"), [*((c, "steps") for c in CRITERIA), ("wanda", "tokens")])
 def test_no_training_leaves_the_intact_weights_that_stay(
-    changes: dict[str, int], small_run: PruneConfig, tmp_path: Path
+    method: str, budget: str, small_run: PruneConfig, tmp_path: Path
 ) -> None:
-    given = one_shot(small_run, "wanda", tmp_path / "run").to_dict() | {"steps": None} | changes
+    given = one_shot(small_run, method, tmp_path / "run").to_dict() | {"steps": None, budget: 0}
     result = prune(PruneConfig.create(**given), Quiet())
+    assert "It was not trained." in (result.model / "README.md").read_text()
+    assert f"by {method} importance" in (result.model / "README.md").read_text()
+    export_run(result.run, ExportOptions(out=tmp_path / "again", device="cpu"))
+    assert json.loads((tmp_path / "again/nuteprune.json").read_text())["step"] == 0
+    write_report(result.run)
     assert not (result.run / "metrics.jsonl").is_file() or read_metrics(result.run / "metrics.jsonl") == []
     dense = load_file(Path(small_run.model) / "model.safetensors")
     pruned = load_file(result.model / "model.safetensors")
@@ -151,20 +159,24 @@ def test_a_baseline_of_uniform_widths_is_a_stock_model(small_run: PruneConfig, t
 
 
 def test_gates_can_start_from_every_criterion(small_run: PruneConfig, tmp_path: Path) -> None:
-    kept = []
+    kept: list[torch.Tensor] = []
     for criterion in CRITERIA:
         config = small_run.replace(
             gate_init=criterion, prune=("heads", "intermediate"), out=str(tmp_path / criterion), steps=4, sparsity=0.3
         )
         run = prune(config, Quiet()).run
         kept.append(load_file(run / "masks.safetensors")["intermediate"].ne(0))
-    assert any(not torch.equal(kept[0], other) for other in kept[1:])
+    assert all(not torch.equal(a, b) for a, b in combinations(kept, 2))
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"method": "wanda", "prune": ("heads", "hidden")}, "--prune got hidden with --method wanda, .* taylor or magnitude"),
+        (
+            {"method": "wanda", "target_shape": ("hidden=16",)},
+            "--target-shape got hidden with --method wanda, .* taylor or magnitude",
+        ),
         ({"gate_init": "flap", "prune": ("mlp",)}, "--prune got mlp with --gate-init flap"),
         ({"method": "taylor", "teachers": "numerous"}, "--teachers got 'numerous'; --method taylor .* intact, none"),
         ({"method": "taylor", "warmup": 0.2}, "--warmup was given with --method taylor"),
@@ -184,3 +196,12 @@ def test_a_baselines_options_are_read_back(small_run: PruneConfig, tmp_path: Pat
     config = one_shot(small_run, "magnitude", tmp_path / "run")
     (tmp_path / "config.yaml").write_text(config.to_yaml())
     assert PruneConfig.of_run(tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize("changes", [{"steps": 0}, {"steps": 0, "repair": True, "repair_batches": 2}, {"steps": 9}], ids=str)
+def test_a_baseline_can_be_estimated(changes: dict[str, Any], small_run: PruneConfig, tmp_path: Path) -> None:
+    config = PruneConfig.create(**one_shot(small_run, "wanda", tmp_path / "run").to_dict() | changes)
+    found = estimate(config, reporter=Quiet())
+    assert found.measured is not None
+    assert found.measured.time.total > 0
+    assert found.measured.time.training == 0.0 if config.total_steps == 0 else found.measured.time.training > 0

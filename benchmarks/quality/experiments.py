@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from nuteprune.config import PruneConfig
 
 FOLDER = Path(__file__).parent
 LIST = FOLDER / "experiments.yaml"
@@ -63,6 +65,8 @@ def read(path: Path = LIST, only: str = "*") -> list[Experiment]:
             raise SystemExit(f"{path}: group {group} has the unknown keys {', '.join(sorted(unknown))}")
         for name, own in content["runs"].items():
             own = dict(own or {})
+            if unknown := set(own) - {f.name for f in fields(PruneConfig)} - {"seeds"}:
+                raise SystemExit(f"{path}: {group}/{name} has the unknown keys {', '.join(sorted(unknown))}")
             seeds = own.pop("seeds", content.get("seeds", [0]))
             if not re.fullmatch(r"[a-z0-9.-]+", name):
                 raise SystemExit(f"{path}: {group}/{name} is not a name of small letters, digits, points and dashes")

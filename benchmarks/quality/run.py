@@ -17,12 +17,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import yaml
 from experiments import LIST, RESULTS, Experiment, read
 
+from nuteprune import files
 from nuteprune.files import save_json, save_text
 
 KEPT = ("blocks", "model", "model_class", "largest_logit_difference", "training_tokens", "training_seconds")
@@ -40,13 +42,13 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     failed = []
     for experiment in read(args.list, args.only):
-        with claimed(args.work / f"{experiment.key.replace('/', '_')}.lock") as mine:
-            if not mine or experiment.result.is_file():
+        with claimed(args.work / f"{experiment.key.replace('/', '_')}.lock") as lock:
+            if lock is None or experiment.result.is_file():
                 continue
             print(f"== {experiment.key}", flush=True)
             try:
-                run(experiment, args.data, args.work, args.keep)
-            except subprocess.CalledProcessError as error:
+                run(experiment, args.data, args.work, args.keep, lock)
+            except (RuntimeError, OSError, ValueError, KeyError) as error:
                 print(f"== {experiment.key} failed: {error}", flush=True)
                 failed.append(experiment.key)
     if failed:
@@ -54,22 +56,23 @@ def main() -> None:
 
 
 @contextmanager
-def claimed(path: Path) -> Iterator[bool]:
-    """Whether this process has the lock of a file; a process that dies lets go of it."""
+def claimed(path: Path) -> Iterator[int | None]:
+    """A lock on a file, or None where another process has it; it lasts as long as this process or one that has its number."""
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            yield False
+            yield None
         else:
-            yield True
+            yield file.fileno()
 
 
-def run(experiment: Experiment, data: Path, work: Path, keep: bool) -> None:
+def run(experiment: Experiment, data: Path, work: Path, keep: bool, lock: int) -> None:
     """One experiment from where it stands to its result.
 
     Raises:
-        subprocess.CalledProcessError: a command failed; what it left is gone on with the next time.
+        RuntimeError: a command failed, and what it left is gone on with the next time; or the run in the work folder was begun
+            with other options or another version of the code.
     """
     folder = work / experiment.key.replace("/", "_")
     record = work / f"{folder.name}.json"
@@ -79,10 +82,15 @@ def run(experiment: Experiment, data: Path, work: Path, keep: bool) -> None:
         options = experiment.options | {"seed": experiment.seed, "out": str(folder)}
         options["data"] = [str(data / name) if "." in name else name for name in options["data"]]
         settings = work / f"{folder.name}.yaml"
-        save_text(settings, yaml.safe_dump(options))
+        asked = yaml.safe_dump(options | {"code": code()})
+        if folder.is_dir() and settings.read_text(encoding="utf-8") != asked:
+            raise RuntimeError(f"{folder} was begun with other options or other code; remove it to start anew")
+        save_text(settings, asked)
         if not (folder / "result.json").is_file():
-            nuteprune(*(["resume", str(folder)] if folder.is_dir() else ["prune", "--config", str(settings)]))
-    nuteprune("eval", subject, "--json", str(record), *protocol(experiment.evaluate, data, record.is_file()))
+            given = work / f"{folder.name}.options.yaml"
+            save_text(given, yaml.safe_dump(options))
+            nuteprune(lock, *(["resume", str(folder)] if folder.is_dir() else ["prune", "--config", str(given)]))
+    nuteprune(lock, "eval", subject, "--json", str(record), *protocol(experiment.evaluate, data, record.is_file()))
 
     figures: dict[str, Any] = {}
     if experiment.options:
@@ -95,6 +103,7 @@ def run(experiment: Experiment, data: Path, work: Path, keep: bool) -> None:
     result = {
         "experiment": experiment.key,
         "seed": experiment.seed,
+        "code": code(),
         "options": experiment.options,
         "figures": figures,
         "parameters": measured["parameters"],
@@ -121,9 +130,33 @@ def protocol(evaluate: dict[str, Any], data: Path, begun: bool) -> list[str]:
     return found
 
 
-def nuteprune(*args: str) -> None:
-    """Runs a command of nuteprune, quietly."""
-    subprocess.run([sys.executable, "-m", "nuteprune", *args, "--quiet"], check=True)
+def nuteprune(lock: int, *args: str) -> None:
+    """Runs a command of nuteprune, quietly. It holds the lock too; Ctrl-C lets it write its checkpoint.
+
+    Raises:
+        RuntimeError: it failed or was stopped.
+    """
+    command = subprocess.Popen([sys.executable, "-m", "nuteprune", *args, "--quiet"], pass_fds=(lock,))
+    stopped = False
+    while True:
+        try:
+            ended = command.wait()
+            break
+        except KeyboardInterrupt:  # the terminal sent it to the command as well
+            stopped = True
+    if stopped:
+        raise KeyboardInterrupt
+    if ended:
+        raise RuntimeError(f"nuteprune {args[0]} ended with exit code {ended}")
+
+
+def code() -> str:
+    """A fingerprint of the library's source, so that results of different code are told apart."""
+    digest = sha256()
+    package = Path(files.__file__).parent
+    for path in sorted(package.rglob("*.py")):
+        digest.update(path.relative_to(package).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Tables and pictures from the results of run.py.
 
-    python benchmarks/quality/table.py [--only 'ablation/*'] [--picture docs/pictures]
+    python benchmarks/quality/table.py [--only ablation,main] [--picture docs/pictures]
 
 Prints a Markdown table a group: parameters, perplexities against the dense model's, tasks. With --picture: quality
 against sparsity, and against tokens, for groups that have the runs for it.
@@ -70,15 +70,17 @@ def read() -> dict[str, list[Row]]:
     for group, names in sorted(found.items()):
         rows = [Row(name, results) for name, results in names.items()]
         text = next(iter(rows[0].results[0]["perplexity"]))
-        made[group] = sorted(rows, key=lambda row: statistics.fmean(row.perplexity(text) or [0.0]))
+        made[group] = sorted(rows, key=lambda row: (row.name != "dense", statistics.fmean(row.perplexity(text) or [1e9])))
     return made
 
 
 def table(rows: list[Row]) -> str:
     """A group as Markdown."""
     texts = list(rows[0].results[0]["perplexity"])
+    windows = {text: rows[0].results[0]["perplexity"][text]["windows"] for text in texts}
     tasks = telling(rows)
-    head = ["experiment", "blocks removed", "minutes", *texts, *(["mean of tasks", "kept"] if tasks else [])]
+    named = [f"{text}, {windows[text]} windows" for text in texts]
+    head = ["experiment", "blocks removed", "minutes of steps", *named, *(["mean of tasks", "kept"] if tasks else [])]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     dense = next((row for row in rows if row.name == "dense"), None)
     for row in rows:
@@ -130,11 +132,14 @@ def draw(groups: dict[str, list[Row]], folder: Path) -> None:
             base = dense.perplexity("wikitext2")[0]
             for row in (r for r in rows if r is not dense):
                 options = row.results[0]["options"]
-                method = row.name.rpartition("-")[0] or row.name
+                values = row.perplexity("wikitext2")
+                if "tokens" not in options or not values:
+                    continue
+                method = options.get("method", "nuteprune")
                 other = options["tokens"] if axis == "sparsity" else options["sparsity"]
                 place = 100 * options["sparsity"] if axis == "sparsity" else options["tokens"]
                 named = f"{method}, {other:,} tokens" if axis == "sparsity" else f"{method}, {100 * other:.0f} %"
-                lines[named].append((place, statistics.fmean(row.perplexity("wikitext2")) / base))
+                lines[named].append((place, statistics.fmean(values) / base))
         lines = {name: sorted(points) for name, points in lines.items() if len(points) > 1}
         if not lines:
             continue

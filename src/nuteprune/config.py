@@ -371,10 +371,11 @@ class PruneConfig:
 
     def _check_criteria(self) -> None:
         """Refuses criteria and teachers that do not go with the other options."""
-        owner = "method" if self.one_shot else "gate_init"
-        if self.gate_init in ("wanda", "flap") and (bad := [k for k in self.prune if k not in ("heads", "intermediate")]):
+        owner, where = ("method" if self.one_shot else "gate_init"), ("target_shape" if self.target_shape else "prune")
+        units = parse_shape(self.target_shape) or self.prune
+        if self.gate_init in ("wanda", "flap") and (bad := [k for k in units if k not in ("heads", "intermediate")]):
             raise ConfigError(
-                f"--prune got {bad[0]} with {flag(owner)} {self.gate_init}, which scores heads and intermediate; prune "
+                f"{flag(where)} got {bad[0]} with {flag(owner)} {self.gate_init}, which scores heads and intermediate; prune "
                 "those, or give taylor or magnitude."
             )
         if self.one_shot and self.gate_init != self.method:
@@ -396,6 +397,11 @@ class PruneConfig:
         if self.gate_init in ("open", "magnitude"):  # magnitude reads weights only
             return 0
         return self._before_training(self.gate_init_batches)
+
+    @property
+    def blocks(self) -> int:
+        """Sequences of training text that a run reads before it begins with the first again."""
+        return max(self.total_steps * self.batch_size, self.calibration, self.repair_sequences, self.batch_size)
 
     @property
     def repair_sequences(self) -> int:

@@ -37,15 +37,24 @@ def check_sources(sources: tuple[str, ...], text_key: str) -> None:
         DataError: naming the source, and file and line where there is one.
     """
     for source in sources:
-        if source in (SELF, PYDOC):
-            continue
-        path = Path(source)
-        if not path.exists():
-            if source.count("/") != 1 or path.suffix in _FILE_SUFFIXES or path.parent.exists():
-                raise DataError(f"--data {source}: no such file; give a file, a hub id (owner/name), pydoc or self.")
+        if source in (SELF, PYDOC) or not check_there(source, "a file, a hub id (owner/name), pydoc or self"):
             continue
         if sum(bool(text.strip()) for text in read_documents(source, text_key)) == 0:  # reads to the end
             raise DataError(f"--data {source} holds no text.")
+
+
+def check_there(source: str, allowed: str) -> bool:
+    """Whether a source is a file here; a hub data set is not.
+
+    Raises:
+        DataError: it is neither.
+    """
+    path = Path(source)
+    if path.exists():
+        return True
+    if source.count("/") != 1 or path.suffix in _FILE_SUFFIXES or path.parent.exists():
+        raise DataError(f"--data {source}: no such file; give {allowed}.")
+    return False
 
 
 def read_documents(source: str, text_key: str = "text") -> Iterator[str]:
@@ -66,7 +75,7 @@ def read_documents(source: str, text_key: str = "text") -> Iterator[str]:
     elif _is_text(Path(source)):
         yield "".join(line for _, line in _lines(Path(source)))
     else:
-        for where, record in read_records(source):
+        for where, record in read_records(source, (text_key,)):
             yield _field(record, text_key, where)
 
 
@@ -75,11 +84,12 @@ def _is_text(path: Path) -> bool:
     return path.is_file() and not path.name.removesuffix(".gz").endswith((".jsonl", ".json", ".parquet"))
 
 
-def read_records(source: str) -> Iterator[tuple[str, Any]]:
+def read_records(source: str, columns: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
     """Records of a file (jsonl or json, gzipped or not, parquet) or a hub data set, each with "file, line N" for errors.
 
     Args:
         source: a path, or a hub id (owner/name or owner/name:config).
+        columns: those of a parquet file to read, where it has them; all if none are named.
 
     Raises:
         DataError: unreadable input, with file and line.
@@ -90,7 +100,7 @@ def read_records(source: str) -> Iterator[tuple[str, Any]]:
     if not path.exists():
         yield from _read_hub(source)
     elif path.name.removesuffix(".gz").endswith(".parquet"):
-        yield from _read_table(path)
+        yield from _read_table(path, columns)
     elif _is_text(path):
         raise DataError(f"--data {source} is not a file of records; give .json, .jsonl (or .gz), or .parquet.")
     else:
@@ -115,7 +125,8 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     try:
         with _open(path) as file:
             for number, raw in enumerate(file, 1):
-                yield number, raw.decode("utf-8")
+                text = raw.decode("utf-8")
+                yield number, text.removeprefix("\ufeff") if number == 1 else text  # a byte-order mark is no text
     except UnicodeDecodeError as error:
         raise DataError(f"{path}, line {number}: not UTF-8 ({error.reason} at byte {error.start} of the line).") from error
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -134,8 +145,7 @@ def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
     Raises:
         DataError: unreadable input, with file and line.
     """
-    first = next((line for _, line in _lines(path) if line.strip()), "")
-    if first.strip() == "[" or (first.lstrip().startswith("[") and not first.rstrip().endswith("]")):
+    if _is_array(path):
         yield from _json_array(path)
         return
     for number, line in _lines(path):
@@ -146,6 +156,19 @@ def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
             yield where, json.loads(line)
         except ValueError as error:
             raise DataError(f"{where}: not JSON ({error}); every line must be one object.") from error
+
+
+def _is_array(path: Path) -> bool:
+    """Whether a file begins like a JSON array that is not the first of several lines of them."""
+    filled = (line.strip() for _, line in _lines(path) if line.strip())
+    first = next(filled, "")
+    if not first.startswith("["):
+        return False
+    try:
+        json.loads(first)
+    except ValueError:
+        return True  # it goes over lines
+    return next(filled, None) is None
 
 
 def _json_array(path: Path) -> Iterator[tuple[str, Any]]:
@@ -165,14 +188,21 @@ def _field(record: Any, key: str, where: str) -> str:
     return value.encode("utf-8", "replace").decode("utf-8")  # half of a surrogate pair, as JSON may hold, becomes "?"
 
 
-def _read_table(path: Path) -> Iterator[tuple[str, Any]]:
+def _read_table(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
     import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            wanted = [name for name in names if name in columns] or names
+            if columns and wanted is names:
+                raise DataError(
+                    f"{path}: none of the columns {', '.join(columns)} (there is {', '.join(names)}); name the text's with "
+                    "--text-key."
+                )
             row = 0
-            for batch in file.iter_batches():
+            for batch in file.iter_batches(columns=wanted):
                 for record in batch.to_pylist():
                     row += 1
                     yield f"{path}, row {row}", record

@@ -28,7 +28,6 @@ def unit_scores(
     masked: MaskedModel,
     gates: GateSet,
     sequences: Tensor,
-    unit_cost: dict[str, float],
     head_bias: float = 0.0,
     progress: Progress | None = None,
 ) -> Unit:
@@ -39,7 +38,6 @@ def unit_scores(
         masked: the intact model; its masks are cleared afterwards.
         gates: says which units there are; their values are not read.
         sequences: token ids, int64 [sequences, tokens]; magnitude does not read them.
-        unit_cost: parameters that go with one unit, by kind.
         head_bias: standard deviations by which heads and whole blocks are favoured; flap has a balance of its own.
         progress: called with sequences done and their number.
 
@@ -53,25 +51,25 @@ def unit_scores(
         importance = magnitude(masked, gates)
     else:
         importance = {"taylor": taylor, "wanda": wanda}[criterion](masked, gates, sequences, progress)
-    return standardised(importance, unit_cost, head_bias)
+    return standardised(importance, head_bias)
 
 
-def standardised(importance: Unit, unit_cost: dict[str, float], head_bias: float) -> Unit:
-    """Log importance per removed parameter, with mean 0 and deviation 1 in each kind, heads and whole blocks favoured.
+def standardised(importance: Unit, head_bias: float) -> Unit:
+    """Log importance with mean 0 and deviation 1 over the units of each kind, heads and whole blocks favoured.
 
-    Importance per parameter alone removes nearly all heads first (design, section 7).
+    What a unit of a kind costs is the same for all and falls out. Importance per parameter, compared across kinds without
+    this, removes nearly all heads first (design, section 7).
 
     Args:
         importance: non-negative, by kind.
-        unit_cost: parameters that go with one unit, by kind.
         head_bias: standard deviations added to the scores of heads and of whole blocks.
     """
     scores: Unit = {}
     for kind, value in importance.items():
-        per_parameter = value.float() / unit_cost[kind]
-        positive = per_parameter[per_parameter > 0]
+        value = value.float()
+        positive = value[value > 0]
         floor = float(positive.min()) if positive.numel() else 1.0
-        score = per_parameter.clamp_min(floor).log()
+        score = value.clamp_min(floor).log()
         spread = score.std()
         score = (score - score.mean()) / spread if spread > 1e-6 else torch.zeros_like(score)
         scores[kind] = score + (0.0 if kind in ("intermediate", "hidden") else head_bias)
@@ -82,7 +80,8 @@ def taylor(masked: MaskedModel, gates: GateSet, sequences: Tensor, progress: Pro
     """Mean over sequences of |d loss / d mask| at open masks.
 
     The derivative with respect to a unit's mask is the first-order change of the loss when the unit is removed
-    (Molchanov et al. 2017; LLM-Pruner's criterion summed over a unit's weights).
+    (Molchanov et al. 2017): the sum of w dL/dw over the output projection's weights that the unit feeds. LLM-Pruner
+    (arXiv 2305.11627) sums absolute values, over all coupled weights.
 
     Args:
         masked: the model; its masks are cleared afterwards.
@@ -123,12 +122,15 @@ def magnitude(masked: MaskedModel, gates: GateSet) -> Unit:
     for layer in range(arch.dims.layers):  # one at a time: the squares of a layer are as large as the layer
         leaves = {kind: torch.ones_like(a, requires_grad=True) for kind, a in gates.log_alpha.items()}
         masks = gates.expand(leaves)
+        stay = {Axis.KV} if gates.head_unit == "query" else set()  # KV heads are not part of that unit
         squares = torch.zeros((), device=masked.device)
         for name, shape in arch.parameters.items():
             weight = masked.parameter(layer, name).detach().float().square()
             block = masks.attention if arch.spec.block_of(name) == "attention" else masks.mlp
             for position, dim in enumerate(shape):
-                along = torch.cat([masks.values(axis, layer, arch.dims) for axis in dim]).to(weight.device)
+                values = [masks.values(axis, layer, arch.dims) for axis in dim]
+                values = [v.detach() if axis in stay else v for axis, v in zip(dim, values, strict=True)]
+                along = torch.cat(values).to(weight.device)
                 weight = weight * along.square().view(-1, *[1] * (len(shape) - 1 - position))
             squares = squares + weight.sum() * block[layer].square()
         found = torch.autograd.grad(squares, list(leaves.values()), allow_unused=True)
@@ -141,8 +143,8 @@ def magnitude(masked: MaskedModel, gates: GateSet) -> Unit:
 def wanda(masked: MaskedModel, gates: GateSet, sequences: Tensor, progress: Progress | None = None) -> Unit:
     """Sum of |weight| times the norm of its input over the output projection's columns that a unit feeds.
 
-    Wanda (arXiv 2306.11695) summed over a structure, as FLAP's authors do for their comparison ("Wanda-sp",
-    arXiv 2312.11983).
+    Wanda (arXiv 2306.11695) summed over a structure, as "Wanda-sp" of FLAP's authors (arXiv 2312.11983), which however takes
+    an equal share of every layer; here all layers compete.
 
     Returns:
         Importance of heads and intermediate channels, shapes of `gates.log_alpha`, float32, on the CPU.
@@ -199,7 +201,7 @@ def input_statistics(
         flat = x.flatten(0, -2).double()
         sums[kind][layer] += torch.stack([flat.sum(0), flat.square().sum(0)]).cpu()
 
-    with observed(masked, kinds, see):
+    with masked.uncompiled(), observed(masked, kinds, see):
         for index, row in enumerate(sequences):
             masked.forward(row.unsqueeze(0).to(masked.device))
             if progress is not None:

@@ -280,7 +280,7 @@ class _Job:
                 config.data,
                 self.tokenizer,
                 seq_len=config.seq_len,
-                blocks=max(config.total_steps * config.batch_size, config.calibration, config.repair_sequences),
+                blocks=config.blocks,
                 held_out=HELD_OUT,
                 least=config.batch_size,
                 seed=config.seed,
@@ -298,7 +298,9 @@ class _Job:
                 trainer.load()
                 reporter.say(f"going on from step {trainer.state.step} of {trainer.total}")
             else:
-                with reporter.counter("importance of units" if self.config.calibration else "first checkpoint") as progress:
+                with reporter.counter(
+                    "first checkpoint" if self.config.gate_init == "open" else "importance of units"
+                ) as progress:
                     trainer.start(progress)
             if self.train(run, trainer, reporter):
                 return PruneResult(run, True, self.finish(run, trainer, reporter))

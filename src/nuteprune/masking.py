@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -146,6 +146,7 @@ class MaskedModel:
             self._add_lora(lora, fused)
         self._sites = list(self._attach())
         self._bases = dict(self._base_weights())
+        self._repaired = False  # whether there are repaired weights
         self._role = Role({}, None, Widths.full(self.arch.dims))
 
     # -- set-up -------------------------------------------------------------------------------------------------------
@@ -312,7 +313,7 @@ class MaskedModel:
 
     def set_masks(self, masks: Masks | None) -> None:
         """Installs masks (kept in the graph), or none; the student's LoRA and repaired weights stay."""
-        self.install(self.prepare(masks, None, repaired=masks is not None))
+        self.install(self.prepare(masks, None, repaired=masks is not None and self._repaired))
 
     @contextmanager
     def playing(self, role: Role) -> Iterator[None]:
@@ -428,12 +429,15 @@ class MaskedModel:
             base = self._bases[name]
             base.repaired = weight.to(base.full, copy=True)
             base.play(None, self._role.widths, self._role.repaired)
+        self._repaired = self._repaired or bool(weights)
 
     def forget_repair(self) -> None:
         """Takes all repaired weights away."""
         for base in self._bases.values():
             base.repaired = None
             base.play(self.arrangement, self._role.widths, False)
+        self._repaired = False
+        self._role = replace(self._role, repaired=False)
 
     # -- order of units -----------------------------------------------------------------------------------------------
 
@@ -523,7 +527,7 @@ class MaskedModel:
         return self.parameter(layer, name).detach() if repaired is None else repaired
 
     def parameter(self, layer: int, name: str) -> nn.Parameter:
-        """The intact parameter `name` of a layer."""
+        """The parameter `name` of a layer, which holds what the present role computes with."""
         path, _, kind = name.rpartition(".")
         module = submodule(self.layers[layer], path)
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module

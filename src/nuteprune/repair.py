@@ -25,6 +25,7 @@ from nuteprune.masking import MaskedModel
 from nuteprune.masks import Masks
 
 Progress = Callable[[int, int], None]
+STAGE = "repair of output projections"  # as progress shows it
 
 
 @torch.no_grad()
@@ -33,8 +34,8 @@ def repair(
 ) -> dict[str, Tensor]:
     """Solves for the student's output projections and installs them (`MaskedModel.repair`).
 
-    Minimises sum |target - W x|^2 + damping * mean(x^2) * |W - W_now|^2 over the kept columns of each projection, for x the
-    student's masked inputs of all tokens.
+    Minimises mean |target - y|^2 + damping * mean(x^2) * |dW|^2 over the kept columns of each projection: means over tokens
+    (and in mean(x^2) over columns too), x the student's masked inputs, y = y_now + dW x the projection's masked output.
 
     Args:
         masked: the model at its whole widths, LoRA weights in place; the student's masks are installed afterwards.
@@ -55,13 +56,15 @@ def repair(
             targets = dense.through(layer)
             masked.install(student.role)
             for block in BLOCKS:
+                if not bool((masks.attention if block == "attention" else masks.mlp)[layer]):
+                    continue  # gone
                 seen = [student.run(layer, index, until=block)[block] for index in range(len(sequences))]
                 weight = _solved(student, layer, block, seen, targets[block], damping)
                 if weight is not None:
                     name = f"{arch.spec.layers}.{layer}.{arch.spec.projection(block)}.weight"
                     made[name] = weight.cpu()
                     masked.repair({name: weight})
-            if student.adds:  # the MLP's projection is all that has changed since
+            if student.adds and bool(masks.mlp[layer]):  # the MLP's projection is all that has changed since
                 student.add(layer, seen)
             else:
                 student.through(layer)
@@ -217,7 +220,7 @@ class _Entered(Exception):
 
 
 def _solved(student: _Side, layer: int, block: str, seen: list[_Seen], targets: list[Tensor], damping: float) -> Tensor | None:
-    """The new weight of a block's projection, [out, in]; None where the block is gone.
+    """The new weight of a block's projection, [out, in]; None where it reads or writes nothing.
 
     Args:
         student: at the streams before the layer, its role installed.
@@ -249,8 +252,18 @@ def _solved(student: _Side, layer: int, block: str, seen: list[_Seen], targets: 
             wanted = (wanted - own.stream.to(precise)) / student.gain
         square += (x.t() @ x).double()
         cross += (x.t() @ (wanted - own.wrote.to(precise))).double()
-    square.diagonal().add_(damping * square.diagonal().mean().clamp_min(1e-12))
-    change = torch.cholesky_solve(cross, torch.linalg.cholesky(square)).t()  # [out, kept], of the masked output
+    change = torch.cholesky_solve(cross, _factor(square, damping)).t()  # [out, kept], of the masked output
     solved = weight.to(torch.float64, copy=True)
     solved[:, kept] += torch.where(written, 1.0 / scale.where(written, 1.0), 0.0).unsqueeze(1) * change
     return solved.to(weight.dtype)
+
+
+def _factor(square: Tensor, damping: float) -> Tensor:
+    """Cholesky factor of x^T x with its damping; ten times more where rounding leaves it without one."""
+    mean = square.diagonal().mean().clamp_min(1e-12)
+    while True:
+        damped = square + torch.eye(len(square), dtype=square.dtype, device=square.device) * (damping * mean)
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        if not bool(failed):
+            return factor
+        damping *= 10.0

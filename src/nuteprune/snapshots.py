@@ -87,7 +87,7 @@ class Run:
         if (last := _last(folder, config)) is not None:
             sparsity = BlockSize.of(arch).sparsity(_masks(last))
             found = [s for s in found if s.wanted < config.sparsity - SAME]
-            found.append(Stored(FINAL, config.sparsity, sparsity, config.total_steps - 1))
+            found.append(Stored(FINAL, config.sparsity, sparsity, max(config.total_steps - 1, 0)))
         return cls(folder, config, tuple(found))
 
     def pick(self, sparsity: float | None) -> Stored:

@@ -38,6 +38,7 @@ from nuteprune.losses import HiddenLoss, head_loss
 from nuteprune.masking import LoraOptions, MaskedModel, Role
 from nuteprune.masks import Masks
 from nuteprune.option_values import parse_shape
+from nuteprune.repair import STAGE as REPAIR
 from nuteprune.repair import repair
 from nuteprune.shape import TargetShape
 from nuteprune.size import BlockSize, Unit
@@ -62,7 +63,7 @@ class TrainState:
         reached: first step at the target sparsity, or None.
         walk_from: records in the bank when the target was reached.
         tokens: tokens trained on.
-        seconds: time spent in steps.
+        seconds: time spent in steps, without what happens between them (importance, freezing, repair).
     """
 
     step: int = 0
@@ -147,8 +148,7 @@ class Trainer:
             )
         if (criterion := self.config.gate_init) != "open":
             text = self.blocks.read(list(range(min(self.config.calibration, self.blocks.count))))
-            cost = self.size.unit_cost(self.config.head_unit)
-            scores = unit_scores(criterion, self.masked, self.gates, text, cost, self.config.head_bias, progress)
+            scores = unit_scores(criterion, self.masked, self.gates, text, self.config.head_bias, progress)
             self.gates.start_from(scores)
         self.save()
 
@@ -180,10 +180,10 @@ class Trainer:
 
     def step(self) -> Metrics:
         """One step; returns its metrics."""
-        began = time.perf_counter()
         step, config = self.state.step, self.config
         if step >= self.freeze_step and self.masks is None:
             self.freeze()
+        began = time.perf_counter()
         target = schedule(step, self.ramp, config.sparsity, config.ramp_shape)
         batch = self.blocks.batch(step, config.batch_size, config.seed).to(self.masked.device)
         layer_states = config.hidden_loss != "none" and config.teachers != "none"
@@ -360,7 +360,7 @@ class Trainer:
             self.mark_reached(self.state.step)
         if self.config.repair:
             text = self.blocks.read(list(range(min(self.config.repair_sequences, self.blocks.count))))
-            with self.counter("repair of output projections") as progress:
+            with self.counter(REPAIR) as progress:
                 weights = repair(self.masked, masks.to(self.masked.device), text, self.config.repair_damping, progress)
             save_tensors(self.folder / REPAIRED, weights)
         self.freeze_at(masks)

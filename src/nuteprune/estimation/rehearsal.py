@@ -26,6 +26,7 @@ from nuteprune.job import BLOCKS, HELD_OUT, resume
 from nuteprune.models import Source, describe, pick_device
 from nuteprune.progress import Counter as LiveCounter
 from nuteprune.progress import Reporter
+from nuteprune.repair import STAGE as REPAIR
 from nuteprune.report.facts import CONFIG, RESULT
 
 BATCHES = 2  # of importance
@@ -105,7 +106,7 @@ def miniature(config: PruneConfig, out: str) -> PruneConfig:
     """The options of the rehearsal of a run."""
     batches = min(BATCHES, config.gate_init_batches)
     steps = rehearsal_steps(config)
-    middle = (steps + 1) // 2  # one checkpoint is written on the way, to be timed
+    middle = max(1, (steps + 1) // 2)  # one checkpoint is written on the way, to be timed
     return config.replace(
         steps=steps, tokens=None, gate_init_batches=batches, out=out, data=("self",), track=(), checkpoint_every=middle
     )
@@ -143,7 +144,7 @@ def rehearse(config: PruneConfig, progress: Progress) -> Rehearsal:
 def random_blocks(path: Path, config: PruneConfig) -> Blocks:
     """Token blocks of a run's shape that hold random tokens; what a step costs does not depend on the tokens."""
     _, arch = describe(Source.find(config.model))
-    rows = max(config.total_steps * config.batch_size, config.calibration, config.repair_sequences) + APART
+    rows = config.blocks + APART
     ids = torch.randint(arch.dims.vocab, (rows, config.seq_len), generator=torch.Generator().manual_seed(0)).int()
     save_tensors(path, {"train": ids[APART:].clone(), "held_out": ids[:APART].clone()})
     return Blocks.open(path)
@@ -252,10 +253,14 @@ def run_time(config: PruneConfig, rehearsed: Rehearsal, start_up: float) -> RunT
     importance = first.ended - first.began
     if first.ticks:
         importance += (config.calibration - len(first.ticks)) * first.each
-    last = [stage for stage in rehearsed.stages[1:] if stage.ticks]
-    apart = min(HELD_OUT, (config.total_steps * config.batch_size + HELD_OUT) // 10)
-    end = rehearsed.seconds - rehearsed.trained + sum((apart - len(stage.ticks)) * stage.each for stage in last)
-    between = rehearsed.trained - first.ended - sum(seconds for _, seconds in rehearsed.steps) + rehearsed.first_steps()
+    last = [stage for stage in rehearsed.stages[1:] if stage.ticks and stage.name != REPAIR]
+    apart = min(HELD_OUT, (config.blocks + HELD_OUT) // 10)
+    trained = rehearsed.trained or first.ended  # a run without steps
+    end = rehearsed.seconds - trained + sum((apart - len(stage.ticks)) * stage.each for stage in last)
+    repair = sum(stage.ended - stage.began for stage in rehearsed.stages if stage.name == REPAIR)
+    more = config.repair_sequences / mini.repair_sequences - 1.0 if mini.repair_sequences else 0.0
+    end += repair * more
+    between = trained - first.ended - sum(seconds for _, seconds in rehearsed.steps) + rehearsed.first_steps()
     between += rehearsed.saving * (_checkpoints(config) - _checkpoints(mini))
     steps = {point: (count, rehearsed.step_seconds(point)) for point, count in Counter(timetable(config)).items()}
     return RunTime(start_up + first.began, importance, steps, max(between, 0.0), end)
@@ -263,4 +268,4 @@ def run_time(config: PruneConfig, rehearsed: Rehearsal, start_up: float) -> RunT
 
 def _checkpoints(config: PruneConfig) -> int:
     """Checkpoints between the first step and the last."""
-    return (config.total_steps - 1) // config.checkpoint_every
+    return max(config.total_steps - 1, 0) // config.checkpoint_every

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,6 +27,8 @@ ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assi
 _PREAMBLE = "Below is an instruction that describes a task{more}. Write a response that appropriately completes the request."
 _INPUT = ", paired with an input that provides further context"
 
+COLUMNS = ("instruction", "input", "output", "messages", "conversations")
+
 Message = dict[str, str]
 Progress = Callable[[int, int], None]
 
@@ -38,14 +40,13 @@ class Examples:
     Attributes:
         ids: token ids of each, int64 [tokens].
         labels: the same where the token is part of an answer, else -100.
-        cut: examples whose answer was cut to fit.
-        left_out: examples without an answer token that fits.
+        about: what became of the records: `records` read, `unanswered` (left out: no answer, or none after a question), `long`
+            (left out: no answer token fits), `cut` (answers cut to fit).
     """
 
     ids: list[Tensor]
     labels: list[Tensor]
-    cut: int = 0
-    left_out: int = 0
+    about: dict[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -74,59 +75,92 @@ class Examples:
 
 
 def read_examples(
-    sources: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, template: str, seq_len: int, rows: int | None, seed: int
+    sources: tuple[str, ...],
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    seq_len: int,
+    rows: int | None,
+    seed: int,
+    progress: Progress | None = None,
 ) -> Examples:
     """Reads, shuffles and tokenises instructions.
 
     Args:
         sources: files or hub data sets.
         tokenizer: the model's.
-        template: auto, chat or alpaca.
+        template: chat or alpaca.
         seq_len: most tokens an example.
         rows: most examples; all for None.
         seed: of the order.
+        progress: called with examples made and how many there can be.
 
     Raises:
         DataError: a record of no known format, with file and line, or no example that fits.
-        ConfigError: the tokenizer has no chat template, but was asked for it.
     """
     chats = [chat for source in sources for chat in read_chats(NAMED.get(source, source))]
+    read = len(chats)
+    chats = [(where, answered) for where, messages in chats if (answered := _answered(messages))]
+    if not chats:
+        raise DataError(f"--data {', '.join(sources)}: {read} records, but none with a question and an answer to it.")
     random.Random(seed).shuffle(chats)
-    encode = encoder(tokenizer, template)
+    encode = _chat if template == "chat" else _alpaca
+    about = {"records": read, "unanswered": read - len(chats), "long": 0, "cut": 0}
     ids: list[Tensor] = []
     labels: list[Tensor] = []
-    cut = left_out = 0
-    for where, messages in chats[:rows]:
-        tokens, learned = encode(where, messages)
+    for where, messages in chats:
+        tokens, learned = encode(tokenizer, where, messages)
         if not any(learned[1:seq_len]):  # the first token has nothing before it
-            left_out += 1
+            about["long"] += 1
             continue
-        cut += len(tokens) > seq_len
+        about["cut"] += len(tokens) > seq_len
         own = torch.tensor(tokens[:seq_len])
         ids.append(own)
         labels.append(torch.where(torch.tensor(learned[:seq_len]), own, IGNORED))
+        if progress is not None:
+            progress(len(ids), min(rows or len(chats), len(chats)))
+        if len(ids) == rows:
+            break
     if not ids:
         raise DataError(f"--data {', '.join(sources)}: no example with an answer within --seq-len {seq_len}; raise it.")
-    return Examples(ids, labels, cut, left_out)
+    return Examples(ids, labels, about)
 
 
 def read_chats(source: str) -> Iterator[tuple[str, list[Message]]]:
     """Chats of a source, each with where it stands.
 
     Raises:
-        DataError: a record that is no instruction, or has no answer.
+        DataError: a record that is no instruction.
     """
-    for where, record in read_records(source):
+    for where, record in read_records(source, COLUMNS):
         messages = _messages(record)
         if messages is None:
             found = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
             raise DataError(
-                f"{where}: neither an instruction (instruction, output) nor a chat (messages of role and content); there is "
-                f"{found}."
+                f"{where}: neither an instruction (instruction, output) nor a chat (messages of role and content, roles "
+                f"{', '.join(ROLES)}); there is {found}."
             )
-        if not any(m["role"] == "assistant" and m["content"].strip() for m in messages):
-            raise DataError(f"{where}: an instruction without an answer; leave it out.")
         yield where, messages
+
+
+def _answered(messages: list[Message]) -> list[Message]:
+    """A chat from its first question on, system prompt kept; empty if no answer follows one."""
+    system = messages[:1] if messages and messages[0]["role"] == "system" else []
+    turns = messages[len(system) :]
+    while turns and turns[0]["role"] == "assistant":
+        turns = turns[1:]
+    return system + turns if any(m["role"] == "assistant" and m["content"].strip() for m in turns) else []
+
+
+def pick_template(tokenizer: PreTrainedTokenizerBase, asked: str) -> str:
+    """The template in use, chat or alpaca.
+
+    Raises:
+        ConfigError: `chat` was asked for, but the tokenizer has no template.
+    """
+    has = getattr(tokenizer, "chat_template", None) is not None
+    if asked == "chat" and not has:
+        raise ConfigError("--template got 'chat', but the tokenizer has no chat template; give alpaca.")
+    return "chat" if asked != "alpaca" and has else "alpaca"
 
 
 def _messages(record: Any) -> list[Message] | None:
@@ -149,23 +183,6 @@ def _messages(record: Any) -> list[Message] | None:
     return None
 
 
-Encode = Callable[[str, list[Message]], tuple[list[int], list[bool]]]
-
-
-def encoder(tokenizer: PreTrainedTokenizerBase, template: str) -> Encode:
-    """A function from a chat to its token ids and which of them are an answer's.
-
-    Raises:
-        ConfigError: `chat` was asked for, but the tokenizer has no template.
-    """
-    has = getattr(tokenizer, "chat_template", None) is not None
-    if template == "chat" and not has:
-        raise ConfigError("--template got 'chat', but the tokenizer has no chat template; give alpaca.")
-    if template == "alpaca" or not has:
-        return lambda where, messages: _alpaca(tokenizer, where, messages)
-    return lambda where, messages: _chat(tokenizer, where, messages)
-
-
 def _chat(tokenizer: PreTrainedTokenizerBase, where: str, messages: list[Message]) -> tuple[list[int], list[bool]]:
     """By the tokenizer's template; what it adds after an answer (the end of the turn) is learned too."""
     plain = [{"role": m["role"], "content": m["content"]} for m in messages]
@@ -186,7 +203,9 @@ def _chat(tokenizer: PreTrainedTokenizerBase, where: str, messages: list[Message
                     )
                 more = _continued(tokenizer, ids, text, whole)
                 text, ids, learned = whole, ids + more, learned + [answer] * len(more)
-    except TemplateError as error:
+    except ConfigError:
+        raise
+    except (TemplateError, ValueError, TypeError, KeyError) as error:  # what templates end in
         raise DataError(f"{where}: the tokenizer's chat template refuses it ({error}); give --template alpaca.") from error
     return ids, learned
 
@@ -200,16 +219,20 @@ def _continued(tokenizer: PreTrainedTokenizerBase, ids: list[int], text: str, wh
 
 
 def _alpaca(tokenizer: PreTrainedTokenizerBase, where: str, messages: list[Message]) -> tuple[list[int], list[bool]]:
-    """By Stanford Alpaca's prompt, closed by the end-of-text token; of a chat the first question and its answer."""
-    turns = [m for m in messages if m["role"] != "system"]
-    if [m["role"] for m in turns[:2]] != ["user", "assistant"]:
-        raise DataError(f"{where}: a chat that does not begin with a question and its answer; give --template chat.")
-    question, answer = turns[0], turns[1]["content"]
+    """By Stanford Alpaca's prompt, closed by the end-of-text token.
+
+    Raises:
+        DataError: a chat of several turns or with a system prompt, which that prompt has no place for.
+    """
+    if [m["role"] for m in messages] != ["user", "assistant"]:
+        raise DataError(f"{where}: a chat of more than a question and its answer; Alpaca's prompt has no place for it.")
+    question, answer = messages[0], messages[1]["content"]
     instruction, extra = question.get("instruction", question["content"]), question.get("input", "")
     given = f"\n\n### Input:\n{extra}" if extra.strip() else ""
     preamble = _PREAMBLE.format(more=_INPUT if given else "")
     prompt = f"{preamble}\n\n### Instruction:\n{instruction}{given}\n\n### Response:\n"
-    begin = [tokenizer.bos_token_id] if getattr(tokenizer, "add_bos_token", False) else []
+    bare, dressed = (list(tokenizer("a", add_special_tokens=special)["input_ids"]) for special in (False, True))
+    begin = dressed[: len(dressed) - len(bare)] if bare and dressed[-len(bare) :] == bare else []  # as a prompt begins
     end = [tokenizer.eos_token_id] if isinstance(tokenizer.eos_token_id, int) else []
     first, second = (list(tokenizer(t, add_special_tokens=False)["input_ids"]) for t in (prompt, answer))
     return begin + first + second + end, [False] * len(begin + first) + [True] * len(second + end)

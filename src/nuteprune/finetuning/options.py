@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from nuteprune.errors import ConfigError
+from nuteprune.evaluation.record import run_folder
 from nuteprune.option_values import check_fields, flag, option, read_yaml
 
 
@@ -91,13 +92,24 @@ class FinetuneOptions:
 
     @property
     def folder(self) -> Path:
-        """Where it is written."""
-        return Path(self.out) if self.out is not None else Path(self.model) / "finetuned"
+        """Where it is written; beside the model/ folder of a run where RUN/model was named."""
+        if self.out is not None:
+            return Path(self.out)
+        return (run_folder(self.model) or Path(self.model)).expanduser() / "finetuned"
+
+    def absolute(self) -> FinetuneOptions:
+        """The same with whole paths, so that it can be resumed from any folder."""
+
+        def whole(name: str) -> str:
+            path = Path(name).expanduser()
+            return str(path.absolute()) if path.exists() else name
+
+        return replace(self, model=whole(self.model), teacher=None if self.teacher is None else whole(self.teacher))
 
     def total_steps(self, examples: int) -> int:
         """Steps for a number of examples."""
-        passes = 1.0 if self.epochs is None else self.epochs
-        return self.steps if self.steps is not None else max(1, math.ceil(passes * examples / self.batch_size))
+        batches = math.ceil(examples / self.batch_size)
+        return self.steps if self.steps is not None else max(1, round((self.epochs or 1.0) * batches))
 
     def to_yaml(self) -> str:
         """The options as YAML."""

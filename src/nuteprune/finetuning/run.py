@@ -5,6 +5,8 @@ The folder holds finetune.yaml, env.json, data/, metrics.jsonl, checkpoints/, mo
 
 from __future__ import annotations
 
+import gc
+import json
 import math
 import random
 import shutil
@@ -23,23 +25,24 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nuteprune.checkpoint import checkpoints, load_checkpoint, load_optimizer, optimizer_tensors, save_checkpoint, within
 from nuteprune.config import PruneConfig
+from nuteprune.data import check_there
 from nuteprune.environment import environment
 from nuteprune.errors import ConfigError, ExportError, TrainingError
 from nuteprune.evaluation.record import run_folder
-from nuteprune.export.hf import watched
 from nuteprune.export.provenance import FILE as PROVENANCE
-from nuteprune.files import atomic_folder, save_json, save_tensors, save_text, stream_tensors
-from nuteprune.finetuning.instructions import IGNORED, Examples, read_examples
+from nuteprune.files import atomic_folder, save_json, save_tensors, save_text
+from nuteprune.finetuning.instructions import IGNORED, NAMED, Examples, pick_template, read_examples
 from nuteprune.finetuning.loss import Answers, answer_loss
 from nuteprune.finetuning.options import FinetuneOptions
 from nuteprune.job import TUNING, check_folder, interruptible
 from nuteprune.models import Source, pick_device, pick_dtype
 from nuteprune.progress import MetricsFile, Reporter, duration
 
-EXAMPLES, RESULT, MODEL = "data/examples.safetensors", "result.json", "model"
+EXAMPLES, ENVIRONMENT, RESULT, MODEL = "data/examples.safetensors", "env.json", "result.json", "model"
 HELD_OUT = 64  # most examples kept apart, for the loss before and after; a twentieth of them if that is less
 WARMUP = 0.03
-TOLERANCE = 1e-2  # largest difference in logits of the merged and the unmerged model, relative to the largest logit
+# Largest difference in logits of the merged and the unmerged model, relative to the largest logit.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 GROUP = 16  # batches whose examples are put in order of length, so that little is padded
 
 
@@ -51,6 +54,8 @@ class FinetuneResult:
         folder: where it is.
         complete: False if it was stopped and can be resumed.
         examples: that were learned from.
+        held_out: examples kept apart.
+        steps: of the training.
         tokens: answer tokens learned from, in all passes.
         before: cross entropy of held-out answers before, nats a token; None if there were too few examples.
         after: the same of the merged model that was written.
@@ -61,6 +66,8 @@ class FinetuneResult:
     folder: Path
     complete: bool
     examples: int = 0
+    held_out: int = 0
+    steps: int = 0
     tokens: int = 0
     before: float | None = None
     after: float | None = None
@@ -87,12 +94,17 @@ def finetune(options: FinetuneOptions, reporter: Reporter | None = None) -> Fine
     reporter = reporter or Reporter()
     check_folder(options.folder)
     job = _Job.check(options)
-    examples = read_examples(options.data, job.tokenizer, options.template, options.seq_len, options.rows, options.seed)
-    if examples.cut or examples.left_out:
-        reporter.say(f"{examples.cut:,} answers are cut at {options.seq_len} tokens, {examples.left_out:,} do not fit at all")
+    template = pick_template(job.tokenizer, options.template)
+    for source in options.data:
+        if source not in NAMED:
+            check_there(source, f"a file, a hub id (owner/name) or {', '.join(NAMED)}")
+    with reporter.counter("tokenising") as progress:
+        examples = read_examples(options.data, job.tokenizer, template, options.seq_len, options.rows, options.seed, progress)
+    told = ", ".join(f"{count:,} {what}" for what, count in examples.about.items() if count)
+    reporter.say(f"{len(examples):,} examples by the {template} template ({told})")
     with atomic_folder(options.folder) as temporary:
-        save_text(temporary / TUNING, options.to_yaml())
-        save_json(temporary / "env.json", environment(job.device))
+        save_text(temporary / TUNING, options.absolute().to_yaml())
+        save_json(temporary / ENVIRONMENT, environment(job.device) | job.base() | {"template": template} | examples.about)
         save_tensors(temporary / EXAMPLES, examples.tensors())
     return job.train_and_finish(reporter)
 
@@ -108,6 +120,12 @@ def resume_finetune(folder: str | Path, reporter: Reporter | None = None) -> Fin
     if (folder / RESULT).is_file():
         raise ConfigError(f"fine-tuning {folder} is complete; its model is in {folder / MODEL}.")
     job = _Job.check(options, folder)
+    began = json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8"))
+    if changed := [name for name, value in job.base().items() if began[name] != value]:
+        raise ConfigError(
+            f"fine-tuning {folder} began with another {changed[0]} ({began[changed[0]]}, now {job.base()[changed[0]]}), so it "
+            "cannot be gone on with; put it back, or start a new one."
+        )
     return job.train_and_finish(reporter or Reporter())
 
 
@@ -146,11 +164,22 @@ class _Job:
                     f"--distill: {options.model} is no run, so its intact model is not known; name it by --teacher."
                 )
             teacher = Source.find(options.teacher or PruneConfig.of_run(run / "config.yaml").model)  # type: ignore[operator]
-            if (size := teacher.config().vocab_size) != config.vocab_size:
-                raise ConfigError(
-                    f"--teacher {teacher.name} has {size} tokens, the model {config.vocab_size}; they must be alike."
-                )
-        return cls(options, folder or options.folder, source, teacher, source.tokenizer(config.vocab_size), device)
+        tokenizer = source.tokenizer(config.vocab_size)
+        if teacher is not None:
+            size = teacher.config().vocab_size
+            if size != config.vocab_size or teacher.tokenizer(size).get_vocab() != tokenizer.get_vocab():
+                raise ConfigError(f"--teacher {teacher.name} has other tokens than the model; give one of the same tokenizer.")
+        return cls(options, folder or options.folder, source, teacher, tokenizer, device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision in use."""
+        return pick_dtype(self.options.dtype, self.device)
+
+    def base(self) -> dict[str, str]:
+        """What a resumed fine-tuning must find as it was: weights and precision."""
+        found = {"model": self.source.fingerprint(), "dtype": str(self.dtype).removeprefix("torch.")}
+        return found if self.teacher is None else found | {"teacher": self.teacher.fingerprint()}
 
     def train_and_finish(self, reporter: Reporter) -> FinetuneResult:
         """Trains from where the folder stands, then merges and writes."""
@@ -159,10 +188,11 @@ class _Job:
         apart = min(HELD_OUT, len(examples) // 20)  # the last ones; their order is random
         training = len(examples) - apart
         reporter.say(f"loading {self.source.name} on {self.device}")
-        dtype = pick_dtype(options.dtype, self.device)
-        model = self.source.model(self.device, dtype)
-        teacher = None if self.teacher is None else self.teacher.model(self.device, dtype).requires_grad_(False)
+        model = self.source.model(self.device, self.dtype)
+        files = weight_files(Path(self.source.where), model)
+        teacher = None if self.teacher is None else self.teacher.model(self.device, self.dtype).requires_grad_(False)
         tuning = _Tuning(options, self.folder, model, teacher, examples, training, self._pad)
+        tuning.check_heads()
         try:
             if checkpoints(self.folder / "checkpoints"):
                 tuning.load()
@@ -172,10 +202,12 @@ class _Job:
                     tuning.before = tuning.held_out(tuning.model, progress)
                 tuning.save()
             if tuning.run(reporter):
-                return self.finish(tuning, reporter)
+                return self.finish(tuning, files, reporter)
         except KeyboardInterrupt:  # the second Ctrl-C: the last checkpoint stands
             pass
-        reporter.say(f"stopped at step {tuning.step}; go on with: nuteprune resume {self.folder}")
+        kept = checkpoints(self.folder / "checkpoints")
+        at = int(kept[-1].name.removeprefix("step-")) if kept else 0
+        reporter.say(f"stopped; the checkpoint of step {at} is kept. Go on with: nuteprune resume {self.folder}")
         return FinetuneResult(self.folder, complete=False)
 
     @property
@@ -184,37 +216,51 @@ class _Job:
         ids = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
         return next(i for i in ids if isinstance(i, int))
 
-    def finish(self, tuning: _Tuning, reporter: Reporter) -> FinetuneResult:
+    def finish(self, tuning: _Tuning, files: dict[Path, list[str]], reporter: Reporter) -> FinetuneResult:
         """Merges, writes model/ and compares it with what was trained."""
         ids, _, mask = tuning.examples.batch(list(range(min(4, len(tuning.examples)))), self._pad)
-        wanted = tuning.logits(tuning.model, ids, mask)
-        merged: Any = tuning.model.merge_and_unload()
+        wanted, changes = tuning.logits(tuning.model, ids, mask), tuning.changes()
+        tuning.release()
         with atomic_folder(self.folder / MODEL) as folder:
             with reporter.counter("writing the merged model") as progress:
-                write_like(Path(self.source.where), folder, merged, progress)
-            del merged
-            written = Source.find(str(folder)).model(self.device, tuning.dtype)
+                write_like(Path(self.source.where), files, folder, changes, progress)
+            written = Source.find(str(folder)).model(self.device, self.dtype)
             found = tuning.logits(written, ids, mask)
             difference, largest = float((found - wanted).abs().max()), float(wanted.abs().max())
-            if not difference <= TOLERANCE * max(largest, 1.0) * (8 if tuning.dtype == torch.bfloat16 else 1):
+            if not difference <= TOLERANCE[self.dtype] * max(largest, 1.0):
                 raise ExportError(
                     f"the merged model differs from the trained one by up to {difference:.2e} in its logits (the largest is "
                     f"{largest:.1f}); nothing was written. Please report this with {self.folder / TUNING}."
                 )
             with reporter.counter("loss of held-out answers") as progress:
                 after = tuning.held_out(written, progress)
-            about = (
-                f"Fine-tuned on instructions by `nuteprune finetune` ({tuning.training:,} examples, {tuning.total:,} steps)."
-            )
-            card = folder / "README.md"
-            before = card.read_text(encoding="utf-8") if card.is_file() else ""
-            save_text(card, f"{before.rstrip()}\n\n## Instruction fine-tuning\n\n{about}\n" if before else f"{about}\n")
-        result = FinetuneResult(
-            self.folder, True, tuning.training, tuning.tokens, tuning.before, after, difference, tuning.seconds
-        )
+            result = FinetuneResult(
+                self.folder, True, tuning.training, len(tuning.examples) - tuning.training, tuning.total, tuning.tokens,
+                tuning.before, after, difference, tuning.seconds,
+            )  # fmt: skip
+            self.write_card(folder / "README.md", result)
         figures = {k: v for k, v in asdict(result).items() if k not in ("folder", "complete")}
-        save_json(self.folder / RESULT, figures)
+        save_json(self.folder / RESULT, figures | {"dtype": str(self.dtype).removeprefix("torch.")})
         return result
+
+    def write_card(self, path: Path, result: FinetuneResult) -> None:
+        """Says in the model card what was done, and that the figures before it are older."""
+        before = path.read_text(encoding="utf-8").rstrip() if path.is_file() else ""
+        names = ", ".join(f"`{Path(name).name}`" for name in self.options.data)
+        template = json.loads((self.folder / ENVIRONMENT).read_text(encoding="utf-8"))["template"]
+        text = [
+            "## Instruction fine-tuning",
+            f"Fine-tuned by `nuteprune finetune` on {names}: {result.examples:,} examples by the {template} template, "
+            f"{result.steps:,} steps of {self.options.batch_size}, loss on answers only"
+            + (f", {100 * self.options.distill:g} % of it KL to `{self.teacher.name}`" if self.teacher else "")
+            + ". Figures of quality above are those of the model before it.",
+        ]
+        if result.before is not None and result.after is not None:
+            text.append(
+                f"Cross entropy of {result.held_out:,} held-out answers: {result.before:.4f} before, {result.after:.4f} after "
+                "(nats a token)."
+            )
+        save_text(path, "\n\n".join([*([before] if before else []), *text]) + "\n")
 
 
 class _Tuning:
@@ -254,6 +300,7 @@ class _Tuning:
         self.step = self.tokens = 0
         self.seconds = 0.0
         self.before: float | None = None
+        self._epoch: tuple[int, list[list[int]]] | None = None
 
     def run(self, reporter: Reporter) -> bool:
         """The steps; whether they are complete."""
@@ -269,6 +316,45 @@ class _Tuning:
                     self.save()
         self.save()
         return True
+
+    @torch.no_grad()
+    def check_heads(self) -> None:
+        """Compares logits at answers with the models' own, on one example.
+
+        Raises:
+            ConfigError: a model that computes its logits in a way of its own.
+        """
+        ids, labels, mask = self._to(self.examples.batch([0], self.pad))
+        for model in (self.model, *([self.teacher] if self.teacher is not None else [])):
+            with self._half():
+                wanted = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
+                found = Answers.of(model, ids, mask, labels).logits(slice(None))
+            wanted = wanted[:, :-1][labels[:, 1:] != IGNORED]
+            if not torch.allclose(found, wanted, rtol=1e-2, atol=1e-2 * float(wanted.abs().max())):
+                raise ConfigError(
+                    f"model {self.options.model} or its teacher makes logits in a way that fine-tuning here does not know; "
+                    "fine-tune its model folder with another trainer."
+                )
+
+    @torch.no_grad()
+    def changes(self) -> dict[str, Tensor]:
+        """What LoRA adds to each weight, by stock name, float32 on the CPU."""
+        found = {}
+        for name, a in self.lora.items():
+            if ".lora_A." in name:
+                b = self.lora[name.replace(".lora_A.", ".lora_B.")]
+                path = name.removeprefix("base_model.model.").partition(".lora_A.")[0]
+                found[f"{path}.weight"] = 2.0 * (b.float() @ a.float()).cpu()  # alpha is twice the rank
+        return found
+
+    def release(self) -> None:
+        """Gives the memory of the models and of the optimiser back."""
+        self.model = self.teacher = None
+        self.lora.clear()
+        del self.optimizer
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def one(self) -> dict[str, Any]:
         """One step; returns its metrics.
@@ -316,20 +402,24 @@ class _Tuning:
 
     def rows(self, step: int) -> list[int]:
         """The examples of a step, a function of its number and the seed; each pass has its own order."""
-        size, seed = self.options.batch_size, self.options.seed
-        batches = -(-self.training // size)
-        epoch, place = divmod(step, batches)
-        shuffler = random.Random(f"{seed}-{epoch}")
+        epoch, place = divmod(step, -(-self.training // self.options.batch_size))
+        if self._epoch is None or self._epoch[0] != epoch:
+            self._epoch = epoch, self._order(epoch)
+        return self._epoch[1][place]
+
+    def _order(self, epoch: int) -> list[list[int]]:
+        """The batches of a pass."""
+        size = self.options.batch_size
+        shuffler = random.Random(f"{self.options.seed}-{epoch}")
         order = list(range(self.training))
         shuffler.shuffle(order)
-        pools = [order[start : start + size * GROUP] for start in range(0, self.training, size * GROUP)]
         made = []
-        for pool in pools:
-            pool.sort(key=lambda row: len(self.examples.ids[row]))
-            some = [pool[start : start + size] for start in range(0, len(pool), size)]
+        for start in range(0, self.training, size * GROUP):
+            pool = sorted(order[start : start + size * GROUP], key=lambda row: len(self.examples.ids[row]))
+            some = [pool[first : first + size] for first in range(0, len(pool), size)]
             shuffler.shuffle(some)
             made += some
-        return made[place]
+        return made
 
     @torch.no_grad()
     def held_out(self, model: Any, progress: Callable[[int, int], None]) -> float | None:
@@ -378,37 +468,63 @@ class _Tuning:
         return torch.autocast(self.device.type, self.dtype if half else None, enabled=half)
 
 
-def write_like(source: Path, folder: Path, model: PreTrainedModel, progress: Callable[[int, int], None]) -> None:
-    """Writes a model folder with other weights: same files, names, shards and precision.
+def weight_files(source: Path, model: PreTrainedModel) -> dict[Path, list[str]]:
+    """The safetensors files of a model folder and the tensors in each, checked against the model.
+
+    Raises:
+        ConfigError: there are none, or they name other tensors than the model.
+    """
+    index = source / "model.safetensors.index.json"
+    listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values() if index.is_file() else ["model.safetensors"]
+    files: dict[Path, list[str]] = {}
+    for path in (source / name for name in sorted(set(listed))):
+        if not path.is_file():
+            raise ConfigError(f"model {source} has no {path.name}; save its weights as safetensors.")
+        with safe_open(path, framework="pt") as file:
+            files[path] = list(file.keys())
+    named = {name for names in files.values() for name in names}
+    missing = {name for name, _ in model.named_parameters()} - named
+    if other := sorted(named - set(model.state_dict())) or sorted(missing):
+        raise ConfigError(
+            f"model {source}: {other[0]} is not both in its files and in the model as transformers loads it; save it with this "
+            "transformers version first."
+        )
+    return files
+
+
+def write_like(
+    source: Path,
+    files: dict[Path, list[str]],
+    folder: Path,
+    changes: dict[str, Tensor],
+    progress: Callable[[int, int], None],
+) -> None:
+    """Writes a model folder again with changes to some weights: same files, names, shards and precision.
 
     Args:
-        source: the model folder that `model` was loaded from.
+        source: the model folder.
+        files: its weight files (`weight_files`).
         folder: where to write.
-        model: has the weights, by the same names.
-        progress: called with tensors written and their number.
+        changes: what is added, by name, float32; the sum is rounded once. Other weights are copied as they are.
+        progress: called with files written and their number.
+
+    Raises:
+        ExportError: a weight that is not finite.
     """
-    weights = model.state_dict()
-    files = sorted(source.glob("*.safetensors"))
-    done, total = 0, 0
     for path in source.iterdir():
-        if path.is_file() and path not in files and path.name != PROVENANCE:
+        if path.is_file() and path.suffix not in (".safetensors", ".bin", ".pth", ".gguf") and path.name != PROVENANCE:
             shutil.copyfile(path, folder / path.name)
-    names: dict[Path, list[str]] = {}
-    for path in files:
+    for done, path in enumerate(files, 1):
         with safe_open(path, framework="pt") as file:
-            names[path] = list(file.keys())
-        total += len(names[path])
-    for path in files:
-        with safe_open(path, framework="pt") as file:
-            dtype = file.get_tensor(names[path][0]).dtype
-        made = ((name, weights[name].detach().to("cpu", dtype)) for name in names[path])
-
-        def told(count: int, _: int, before: int = done) -> None:
-            progress(before + count, total)
-
-        shapes = {name: weights[name].shape for name in names[path]}
-        stream_tensors(folder / path.name, shapes, dtype, watched(made, len(shapes), told))
-        done += len(shapes)
+            metadata = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in files[path]}
+        for name in tensors.keys() & changes.keys():
+            changed = (tensors[name].float() + changes[name]).to(tensors[name].dtype)
+            if not bool(changed.isfinite().all()):
+                raise ExportError(f"{name} has values that {changed.dtype} cannot hold; nothing was written.")
+            tensors[name] = changed
+        save_tensors(folder / path.name, tensors, metadata)
+        progress(done, len(files))
 
 
 def summary(result: FinetuneResult) -> list[str]:

@@ -57,9 +57,8 @@ def model_card(facts: RunFacts) -> str:
 
 # {facts.title}
 
-Made by [nuteprune](https://pypi.org/project/nuteprune/) {__version__}: structured pruning with numerous teachers
-(arXiv 2402.09773). Sparsity counts the parameters of the decoder blocks; embeddings and head are not pruned in number
-of rows.
+Made by [nuteprune](https://pypi.org/project/nuteprune/) {__version__}: {facts.made_by()} Sparsity counts the
+parameters of the decoder blocks; embeddings and head are not pruned in number of rows.
 
 | | dense | pruned | |
 |---|---|---|---|

@@ -218,10 +218,22 @@ class RunFacts:
             for steps in [list(group)]
         ]
 
+    def made_by(self) -> str:
+        """How the units to keep were chosen, in a sentence or two."""
+        config = self.config
+        if config.one_shot:
+            made = f"units chosen once, by {config.method} importance"
+        elif config.teachers == "numerous":
+            made = "structured pruning with numerous teachers (arXiv 2402.09773)"
+        else:
+            made = "structured pruning by learned gates (arXiv 2402.09773)"
+        more = " Output projections were solved anew by least squares when the masks were hard." if config.repair else ""
+        return f"{made}.{more}"
+
     def teaching_line(self) -> str:
         """One sentence about who taught."""
         if not self.steps:
-            return "No step was made yet."
+            return "No step was made yet." if self.config.total_steps else "It was not trained."
         stretches = self.teaching()
         shares = [last - first + 1 for name, first, last in stretches if name.startswith("record")]
         records = len({name for name, _, _ in stretches if name.startswith("record")})
