@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -62,8 +63,15 @@ def test_help_names_every_option_with_default_and_source(call: Any) -> None:
     assert plain.count("Default:") == len(SURFACE) - 3  # all but --config, --quiet and --help
 
 
+def test_the_command_line_does_not_wait_for_torch() -> None:
+    code = "import sys, nuteprune.cli; sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'tqdm')))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
 OTHER_SURFACES = {
     "resume": "quiet",
+    "finetune": "batch-size checkpoint-every data device distill dtype epochs lora-rank lr lr-schedule out quiet rows seed "
+    "seq-len steps teacher template",
     "eval": "batch-size data-dir dense device dtype json limit num-fewshot ppl quiet resume speed task-data tasks text-key "
     "window windows",
     "compare": "json markdown",

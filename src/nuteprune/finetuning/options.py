@@ -10,7 +10,6 @@ from typing import Any
 import yaml
 
 from nuteprune.errors import ConfigError
-from nuteprune.evaluation.record import run_folder
 from nuteprune.option_values import check_fields, flag, option, read_yaml
 
 
@@ -93,6 +92,8 @@ class FinetuneOptions:
     @property
     def folder(self) -> Path:
         """Where it is written; beside the model/ folder of a run where RUN/model was named."""
+        from nuteprune.evaluation.record import run_folder  # brings torch, which the command line's help should not wait for
+
         if self.out is not None:
             return Path(self.out)
         return (run_folder(self.model) or Path(self.model)).expanduser() / "finetuned"

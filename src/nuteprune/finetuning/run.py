@@ -11,6 +11,7 @@ import math
 import random
 import shutil
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -294,7 +295,9 @@ class _Tuning:
             config = LoraConfig(
                 r=options.lora_rank, lora_alpha=2 * options.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM"
             )
-            self.model: Any = get_peft_model(model, config).eval()  # no dropout is used
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for a name that it is renaming
+                self.model: Any = get_peft_model(model, config).eval()  # no dropout is used
         self.lora = {name: p for name, p in sorted(self.model.named_parameters()) if p.requires_grad}
         self.optimizer = torch.optim.AdamW(self.lora.values(), lr=options.lr, weight_decay=0.0)
         self.step = self.tokens = 0

@@ -1,0 +1,113 @@
+"""The quality benchmark's runner and table, on a tiny model."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+
+FOLDER = Path(__file__).parent.parent / "benchmarks/quality"
+
+
+@pytest.fixture
+def modules(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model_folder: Path) -> dict[str, ModuleType]:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    found = {}
+    for name in ("experiments", "run", "table"):
+        sys.modules.pop(name, None)
+        found[name] = importlib.import_module(name)
+        monkeypatch.setattr(found[name], "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(found["run"], "MODEL", str(model_folder))
+    yield found  # type: ignore[misc]
+    for name in found:
+        sys.modules.pop(name)
+
+
+def listed(tmp_path: Path, model_folder: Path, **run: Any) -> Path:
+    content = {
+        "options": {
+            "model": str(model_folder), "data": ["corpus.txt"], "steps": 2, "batch_size": 1, "seq_len": 16, "lora_rank": 2,
+            "gate_init_batches": 1, "round_intermediate": 1, "device": "cpu", "sparsity": 0.2,
+        },
+        "groups": {
+            "g": {
+                "evaluate": {"ppl": ["corpus.txt"], "windows": 2},
+                "runs": {"dense": {}, "wanda": {"method": "wanda", **run}},
+            }
+        },
+    }  # fmt: skip
+    path = tmp_path / "list.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def test_a_list_is_run_once_and_becomes_a_table(
+    modules: dict[str, ModuleType], tmp_path: Path, model_folder: Path, text_file: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    arguments = [
+        "run.py", "--data", str(text_file.parent), "--work", str(tmp_path / "work"),
+        "--list", str(listed(tmp_path, model_folder)),
+    ]  # fmt: skip
+    monkeypatch.setattr("sys.argv", arguments)
+    modules["run"].main()
+    result = json.loads((tmp_path / "results/g/wanda-s0/result.json").read_text())
+    assert result["figures"]["training_tokens"] == 32
+    assert result["perplexity"]["corpus.txt"]["windows"] == 2
+    assert result["options"]["method"] == "wanda"
+    assert str(tmp_path) not in (tmp_path / "results/g/wanda-s0/config.yaml").read_text()
+    assert not (tmp_path / "work/g_wanda-s0").exists()  # deleted once its figures are kept
+
+    stamp = (tmp_path / "results/g/wanda-s0/result.json").stat().st_mtime_ns
+    modules["run"].main()
+    assert (tmp_path / "results/g/wanda-s0/result.json").stat().st_mtime_ns == stamp
+
+    monkeypatch.setattr("sys.argv", ["table.py"])
+    capsys.readouterr()
+    modules["table"].main()
+    out = capsys.readouterr().out
+    assert "### g" in out
+    assert out.index("| dense |") < out.index("| wanda |")
+    dense = json.loads((tmp_path / "results/g/dense/result.json").read_text())["perplexity"]["corpus.txt"]["perplexity"]
+    assert f"(x {result['perplexity']['corpus.txt']['perplexity'] / dense:.3f})" in out
+
+
+def test_runs_of_other_options_are_not_gone_on_with(
+    modules: dict[str, ModuleType], tmp_path: Path, model_folder: Path, text_file: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    work = tmp_path / "work"
+    (work / "g_wanda-s0").mkdir(parents=True)
+    (work / "g_wanda-s0.yaml").write_text("steps: 9\n")
+    arguments = [
+        "run.py", "--data", str(text_file.parent), "--work", str(work), "--list", str(listed(tmp_path, model_folder)),
+        "--only", "g/wanda*",
+    ]  # fmt: skip
+    monkeypatch.setattr("sys.argv", arguments)
+    with pytest.raises(SystemExit, match="failed: g/wanda-s0"):
+        modules["run"].main()
+    assert "begun with other options or other code" in capsys.readouterr().out
+    with modules["run"].claimed(work / "g_wanda-s0.lock") as first, modules["run"].claimed(work / "g_wanda-s0.lock") as second:
+        assert first is not None
+        assert second is None
+
+
+def test_a_list_with_mistakes_is_refused(modules: dict[str, ModuleType], tmp_path: Path, model_folder: Path) -> None:
+    with pytest.raises(SystemExit, match="g/wanda has the unknown keys stepps"):
+        modules["experiments"].read(listed(tmp_path, model_folder, stepps=3))
+    found = modules["experiments"].read(listed(tmp_path, model_folder, seeds=[0, 1]), only="g/wanda*")
+    assert [e.key for e in found] == ["g/wanda-s0", "g/wanda-s1"]
+
+
+def test_the_list_of_the_project_is_whole(modules: dict[str, ModuleType]) -> None:
+    found = modules["experiments"].read()
+    assert len({e.key for e in found}) == len(found)
+    for path in sorted((FOLDER / "results").glob("*/*/result.json")):
+        result = json.loads(path.read_text())
+        assert result["experiment"] == f"{path.parent.parent.name}/{path.parent.name}"
+        assert "/work" not in path.read_text()
+        assert "/tmp" not in path.read_text()
