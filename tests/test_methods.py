@@ -18,7 +18,7 @@ from nuteprune import ExportOptions, PruneConfig, estimate, export_run, prune, r
 from nuteprune.arch import Arch
 from nuteprune.errors import ConfigError
 from nuteprune.gates import Deterministic, GateSet
-from nuteprune.importance import flap, magnitude, unit_scores, wanda
+from nuteprune.importance import flap, magnitude, taylor, unit_scores, wanda
 from nuteprune.masking import LoraOptions, MaskedModel
 from nuteprune.progress import read_metrics
 from nuteprune.recipes import CRITERIA
@@ -144,6 +144,41 @@ def test_no_training_leaves_the_intact_weights_that_stay(
     assert not kept.all()
 
 
+@pytest.mark.parametrize("method", ["taylor", "wanda", "flap"])
+def test_passes_cut_what_is_left(method: str, small_run: PruneConfig, tmp_path: Path) -> None:
+    kept = {}
+    for passes in (1, 3):
+        config = one_shot(small_run, method, tmp_path / f"{passes}", steps=0, sparsity=0.45, passes=passes)
+        kept[passes] = load_file(prune(config, Quiet()).run / "masks.safetensors")["intermediate"].ne(0)
+    third = load_file(
+        prune(one_shot(small_run, method, tmp_path / "third", steps=0, sparsity=0.15), Quiet()).run / "masks.safetensors"
+    )
+    assert not torch.equal(kept[1], kept[3])
+    assert not (kept[3] & third["intermediate"].eq(0)).any()  # what the first pass cut stays cut
+
+
+def test_a_pass_sees_what_is_left() -> None:
+    """Importance of the second pass is that of the masked model."""
+    masked, gates = made("llama", ("heads", "intermediate"))
+    there = {k: torch.ones(a.shape) for k, a in gates.log_alpha.items()}
+    there["intermediate"][0, :20] = 0.0
+    found = taylor(masked, gates, IDS, there=there)["intermediate"]
+    step, ends = 1e-2, []
+    for sign in (1, -1):
+        units = {k: v.clone() for k, v in there.items()}
+        units["intermediate"][2, 5] += sign * step
+        masked.set_masks(gates.expand(units))
+        losses = []
+        for row in IDS:
+            logits = masked.logits(row.unsqueeze(0))[0, :-1].double()
+            losses.append(torch.nn.functional.cross_entropy(logits, row[1:]))
+        ends.append(torch.stack(losses))
+    assert found[2, 5].item() == pytest.approx(((ends[0] - ends[1]) / (2 * step)).abs().mean().item(), rel=2e-2)
+    scores = unit_scores("taylor", masked, gates, IDS, 1.0, kept=there)
+    assert scores["intermediate"][0, :20].max() < min(s[there[k] != 0].min() for k, s in scores.items()) - 5
+    assert scores["intermediate"][there["intermediate"] != 0].mean().abs() < 1e-4
+
+
 def test_a_resumed_baseline_is_a_straight_one(small_run: PruneConfig, tmp_path: Path) -> None:
     straight = prune(one_shot(small_run, "flap", tmp_path / "a"), Quiet())
     first = prune(one_shot(small_run, "flap", tmp_path / "b"), Quiet(interrupt_after=4))
@@ -181,6 +216,8 @@ def test_gates_can_start_from_every_criterion(small_run: PruneConfig, tmp_path: 
         ({"method": "taylor", "teachers": "numerous"}, "--teachers got 'numerous'; --method taylor .* intact, none"),
         ({"method": "taylor", "warmup": 0.2}, "--warmup was given with --method taylor"),
         ({"method": "taylor", "gate_init": "open"}, "--gate-init got 'open'; with --method taylor allowed is taylor"),
+        ({"passes": 2}, "--passes got 2 with --method nuteprune; allowed is 1, or one of taylor, wanda, flap"),
+        ({"method": "magnitude", "passes": 2}, "--passes got 2 with --method magnitude"),
         ({"method": "sparsegpt"}, "--method got 'sparsegpt'; allowed are nuteprune, taylor, magnitude, wanda, flap"),
         ({"steps": 0}, "--steps got 0; allowed is at least 2"),
         ({"method": "flap", "steps": 1}, "--steps got 1; allowed is 0, or at least 2"),

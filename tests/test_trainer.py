@@ -278,7 +278,7 @@ FELT: dict[str, Any] = {
 ELSEWHERE = {
     "model", "data", "text_key", "out", "tokens", "control_lr", "hidden_weight", "device", "gradient_checkpointing",
     "checkpoint_every", "keep_checkpoints", "recipe", "save_dtype", "compile",
-    "track", "round_heads", "target_shape", "method", "repair", "repair_batches", "repair_damping",
+    "track", "round_heads", "target_shape", "method", "repair", "repair_batches", "repair_damping", "passes",
 }  # fmt: skip
 
 

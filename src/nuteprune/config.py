@@ -179,6 +179,12 @@ class PruneConfig:
         (*CRITERIA, "open"),
     )
     gate_init_batches: int = option(16, "Batches of training text that the importance is measured on.", RECIPE, "Gates")
+    passes: int = option(
+        1,
+        "With a one-shot --method: cut in so many equal steps, each by the importance measured on what the one before it left.",
+        "one, as the methods' papers",
+        "Gates",
+    )
     head_bias: float = option(
         1.0,
         "Standard deviations by which the importance of heads and whole blocks is favoured over that of channels; flap has a "
@@ -338,7 +344,7 @@ class PruneConfig:
             raise ConfigError(f"--steps {self.steps} and --tokens {self.tokens} were both given; give one of them.")
         for name in (
             "batch_size", "lora_rank", "round_heads", "round_intermediate", "round_hidden", "gate_init_batches",
-            "checkpoint_every", "keep_checkpoints", "repair_batches",
+            "checkpoint_every", "keep_checkpoints", "repair_batches", "passes",
         ):  # fmt: skip
             need(name, getattr(self, name) >= 1, "a whole number of at least 1")
         need("seq_len", self.seq_len >= 2, "a whole number of at least 2")
@@ -377,6 +383,11 @@ class PruneConfig:
             raise ConfigError(
                 f"{flag(where)} got {bad[0]} with {flag(owner)} {self.gate_init}, which scores heads and intermediate; prune "
                 "those, or give taylor or magnitude."
+            )
+        if self.passes > 1 and (not self.one_shot or self.method == "magnitude"):
+            raise ConfigError(
+                f"--passes got {self.passes} with --method {self.method}; allowed is 1, or one of "
+                f"{', '.join(c for c in CRITERIA if c != 'magnitude')}, whose importance changes with what is cut."
             )
         if self.one_shot and self.gate_init != self.method:
             raise ConfigError(f"--gate-init got {self.gate_init!r}; with --method {self.method} allowed is {self.method}.")

@@ -215,6 +215,14 @@ class GateSet(nn.Module):
             k: made[k] if k in made else torch.ones(shape, device=self.device) for k, shape in mask_shapes(self.dims).items()
         }
 
+    def units(self, masks: Masks) -> Unit:
+        """1 for the units that masks keep, 0 for the others, by kind, float32, on the CPU."""
+        found = {kind: (value != 0).float().cpu() for kind, value in masks.tensors().items()}
+        if self.head_unit == "group":
+            found["heads"] = found["heads"].amax(-1)
+        found["layers"] = torch.maximum(found["attention"], found["mlp"])
+        return {kind: found[kind] for kind in self.log_alpha}
+
     @torch.no_grad()
     def start_from(self, scores: Unit) -> None:
         """Starts the gates at scores, moved and, where the gates have limits, drawn together so that all are open.

@@ -20,6 +20,7 @@ from nuteprune.masking import MaskedModel
 from nuteprune.size import Unit
 
 Progress = Callable[[int, int], None]
+GONE = 10.0  # by how much units that are gone score below all others
 READERS = {"heads": Axis.QUERY, "intermediate": Axis.INTERMEDIATE}  # the axis that the units of a kind lie along
 
 
@@ -30,31 +31,36 @@ def unit_scores(
     sequences: Tensor,
     head_bias: float = 0.0,
     progress: Progress | None = None,
+    kept: Unit | None = None,
 ) -> Unit:
     """Scores of units by a criterion, comparable across layers and kinds: the higher, the more a unit is worth.
 
     Args:
         criterion: taylor, magnitude, wanda or flap.
-        masked: the intact model; its masks are cleared afterwards.
+        masked: the model, LoRA weights at their start; its masks are cleared afterwards.
         gates: says which units there are; their values are not read.
         sequences: token ids, int64 [sequences, tokens]; magnitude does not read them.
         head_bias: standard deviations by which heads and whole blocks are favoured; flap has a balance of its own.
         progress: called with sequences done and their number.
+        kept: 1 for units that are still there and 0 for others, which are masked and get the lowest scores; all without it.
 
     Returns:
         Scores by pruned kind, shapes of `gates.log_alpha`, float32, on the CPU.
     """
-    masked.set_masks(None)
+    there = {k: torch.ones(a.shape) for k, a in gates.log_alpha.items()} if kept is None else kept
     if criterion == "flap":
-        return flap(masked, gates, sequences, progress)
-    if criterion == "magnitude":
-        importance = magnitude(masked, gates)
+        scores = flap(masked, gates, sequences, progress, there)
+    elif criterion == "magnitude":
+        scores = standardised(magnitude(masked, gates), head_bias, there)
     else:
-        importance = {"taylor": taylor, "wanda": wanda}[criterion](masked, gates, sequences, progress)
-    return standardised(importance, head_bias)
+        measure = {"taylor": taylor, "wanda": wanda}[criterion]
+        scores = standardised(measure(masked, gates, sequences, progress, there), head_bias, there)
+    masked.set_masks(None)
+    lowest = min(float(s.min()) for s in scores.values()) - GONE
+    return {kind: torch.where(there[kind] != 0, score, lowest) for kind, score in scores.items()}
 
 
-def standardised(importance: Unit, head_bias: float) -> Unit:
+def standardised(importance: Unit, head_bias: float, there: Unit | None = None) -> Unit:
     """Log importance with mean 0 and deviation 1 over the units of each kind, heads and whole blocks favoured.
 
     What a unit of a kind costs is the same for all and falls out. Importance per parameter, compared across kinds without
@@ -63,21 +69,25 @@ def standardised(importance: Unit, head_bias: float) -> Unit:
     Args:
         importance: non-negative, by kind.
         head_bias: standard deviations added to the scores of heads and of whole blocks.
+        there: the units to take mean and deviation over, as 1; all without it.
     """
     scores: Unit = {}
     for kind, value in importance.items():
         value = value.float()
-        positive = value[value > 0]
+        among = torch.ones_like(value, dtype=torch.bool) if there is None else there[kind] != 0
+        positive = value[among & (value > 0)]
         floor = float(positive.min()) if positive.numel() else 1.0
         score = value.clamp_min(floor).log()
-        spread = score.std()
-        score = (score - score.mean()) / spread if spread > 1e-6 else torch.zeros_like(score)
+        spread = score[among].std()
+        score = (score - score[among].mean()) / spread if spread > 1e-6 else torch.zeros_like(score)
         scores[kind] = score + (0.0 if kind in ("intermediate", "hidden") else head_bias)
     return scores
 
 
-def taylor(masked: MaskedModel, gates: GateSet, sequences: Tensor, progress: Progress | None = None) -> Unit:
-    """Mean over sequences of |d loss / d mask| at open masks.
+def taylor(
+    masked: MaskedModel, gates: GateSet, sequences: Tensor, progress: Progress | None = None, there: Unit | None = None
+) -> Unit:
+    """Mean over sequences of |d loss / d mask|.
 
     The derivative with respect to a unit's mask is the first-order change of the loss when the unit is removed
     (Molchanov et al. 2017): the sum of w dL/dw over the output projection's weights that the unit feeds. LLM-Pruner
@@ -88,13 +98,17 @@ def taylor(masked: MaskedModel, gates: GateSet, sequences: Tensor, progress: Pro
         gates: says which units there are.
         sequences: token ids, int64 [sequences, tokens]; the loss is the next token's cross entropy.
         progress: called with sequences done and their number.
+        there: mask values, 1 or 0, at which the derivative is taken; all open without it.
 
     Returns:
         Importance by pruned kind, shapes of `gates.log_alpha`, float32, on the CPU.
     """
     total: Unit = {kind: torch.zeros(a.shape) for kind, a in gates.log_alpha.items()}
     for index, row in enumerate(sequences):
-        leaves = {kind: torch.ones_like(a, requires_grad=True) for kind, a in gates.log_alpha.items()}
+        leaves = {
+            kind: torch.ones_like(a) if there is None else there[kind].to(a.device) for kind, a in gates.log_alpha.items()
+        }
+        leaves = {kind: leaf.clone().requires_grad_() for kind, leaf in leaves.items()}
         masked.set_masks(gates.expand(leaves))
         ids = row.unsqueeze(0).to(masked.device)
         loss = head_loss(
@@ -140,7 +154,9 @@ def magnitude(masked: MaskedModel, gates: GateSet) -> Unit:
     return total
 
 
-def wanda(masked: MaskedModel, gates: GateSet, sequences: Tensor, progress: Progress | None = None) -> Unit:
+def wanda(
+    masked: MaskedModel, gates: GateSet, sequences: Tensor, progress: Progress | None = None, there: Unit | None = None
+) -> Unit:
     """Sum of |weight| times the norm of its input over the output projection's columns that a unit feeds.
 
     Wanda (arXiv 2306.11695) summed over a structure, as "Wanda-sp" of FLAP's authors (arXiv 2312.11983), which however takes
@@ -149,14 +165,16 @@ def wanda(masked: MaskedModel, gates: GateSet, sequences: Tensor, progress: Prog
     Returns:
         Importance of heads and intermediate channels, shapes of `gates.log_alpha`, float32, on the CPU.
     """
-    inputs = input_statistics(masked, gates, sequences, progress)
+    inputs = input_statistics(masked, gates, sequences, progress, there)
     return {
         kind: _by_unit(gates, kind, [seen.weight.abs().sum(0) * seen.square.sqrt() for seen in layers]).sum(-1)
         for kind, layers in inputs.items()
     }
 
 
-def flap(masked: MaskedModel, gates: GateSet, sequences: Tensor, progress: Progress | None = None) -> Unit:
+def flap(
+    masked: MaskedModel, gates: GateSet, sequences: Tensor, progress: Progress | None = None, there: Unit | None = None
+) -> Unit:
     """Variance of an input channel times its weights' squared norm, standardised within each layer and kind.
 
     FLAP's weighted fluctuation (WIFV) and adaptive structure (arXiv 2312.11983, section 4); a head's score is the mean of
@@ -165,7 +183,7 @@ def flap(masked: MaskedModel, gates: GateSet, sequences: Tensor, progress: Progr
     Returns:
         Scores of heads and intermediate channels, shapes of `gates.log_alpha`, float32, on the CPU.
     """
-    inputs = input_statistics(masked, gates, sequences, progress)
+    inputs = input_statistics(masked, gates, sequences, progress, there)
     scores: Unit = {}
     for kind, layers in inputs.items():
         found = [seen.weight.square().sum(0) * (seen.square - seen.mean.square()).clamp_min(0.0) for seen in layers]
@@ -190,10 +208,11 @@ class InputStatistics:
 
 @torch.no_grad()
 def input_statistics(
-    masked: MaskedModel, gates: GateSet, sequences: Tensor, progress: Progress | None = None
+    masked: MaskedModel, gates: GateSet, sequences: Tensor, progress: Progress | None = None, there: Unit | None = None
 ) -> dict[str, list[InputStatistics]]:
-    """Statistics of what the output projections of the intact model read, by unit kind and layer, on the CPU."""
+    """Statistics of what the output projections read before their masks, by unit kind and layer, on the CPU."""
     arch = masked.arch
+    masked.set_masks(None if there is None else gates.expand({k: v.to(gates.device) for k, v in there.items()}))
     kinds = {kind: next(iter(arch.linears(in_=READERS[kind]))) for kind in gates.log_alpha}
     sums = {kind: [torch.zeros(2, arch.dims.size(READERS[kind]), dtype=torch.float64) for _ in masked.layers] for kind in kinds}
 

@@ -17,7 +17,7 @@ from nuteprune.recipes import RECIPES
 COST_OPTIONS = (
     "method", "sparsity", "prune", "head_unit", "uniform", "target_shape", "round_heads", "round_intermediate", "round_hidden",
     "tokens", "steps", "batch_size", "seq_len", "warmup", "ramp_shape", "recovery", "lora_rank", "lora_targets", "gates",
-    "gate_init", "gate_init_batches", "repair", "repair_batches", "control", "teachers", "teacher_lag", "walk_back",
+    "gate_init", "gate_init_batches", "passes", "repair", "repair_batches", "control", "teachers", "teacher_lag", "walk_back",
     "snapshot_every", "hidden_loss", "lm_weight", "device",
     "dtype", "save_dtype", "gradient_checkpointing", "compile", "checkpoint_every", "recipe",
 )  # fmt: skip

@@ -148,8 +148,14 @@ class Trainer:
             )
         if (criterion := self.config.gate_init) != "open":
             text = self.blocks.read(list(range(min(self.config.calibration, self.blocks.count))))
-            scores = unit_scores(criterion, self.masked, self.gates, text, self.config.head_bias, progress)
-            self.gates.start_from(scores)
+            kept: Unit | None = None
+            for number in range(1, self.config.passes + 1):  # each on what the one before it left
+                told = _part(progress, number - 1, self.config.passes)
+                scores = unit_scores(criterion, self.masked, self.gates, text, self.config.head_bias, told, kept)
+                self.gates.start_from(scores)
+                if number < self.config.passes:
+                    masks, _ = self.discrete(self.config.sparsity * number / self.config.passes)
+                    kept = self.gates.units(masks)
         self.save()
 
     def run(self, log: Log, stop: Callable[[], bool] = lambda: False) -> bool:
@@ -436,6 +442,11 @@ class Trainer:
             if self.config.repair:
                 self.masked.repair(load_file(self.folder / REPAIRED))
             self.freeze_at(Masks.from_tensors(masks))
+
+
+def _part(progress: Progress | None, done: int, parts: int) -> Progress | None:
+    """Progress of one of several parts of a stage that are alike."""
+    return None if progress is None else lambda step, total: progress(done * total + step, parts * total)
 
 
 def last_record(config: PruneConfig) -> int:

@@ -111,7 +111,7 @@ def on_gpu(gpu: Gpu, cost: StepCost, config: PruneConfig) -> GpuEstimate:
     if config.calibration:  # sequence by sequence
         student = cost.student + cost.heads + cost.backward if config.gate_init == "taylor" else cost.student
         launches = LAUNCH * len(student.operations)
-        importance = config.calibration * max(seconds(gpu, student, launch=0.0) / config.batch_size, launches)
+        importance = config.passes * config.calibration * max(seconds(gpu, student, launch=0.0) / config.batch_size, launches)
     return GpuEstimate(gpu, cost.peak * SLACK + CONTEXT, step, importance + config.total_steps * step)
 
 

@@ -164,7 +164,7 @@ class _Stopwatch(Reporter):
         self._checkpoint_every = config.checkpoint_every
         self._tell, self._batch = progress, config.batch_size
         self._work = {"importance of units": 3}
-        self._total = 3 * config.calibration + 4 * config.batch_size * config.total_steps + 2 * APART
+        self._total = 3 * config.passes * config.calibration + 4 * config.batch_size * config.total_steps + 2 * APART
         self._done = 0
 
     @property
@@ -252,7 +252,7 @@ def run_time(config: PruneConfig, rehearsed: Rehearsal, start_up: float) -> RunT
     first = rehearsed.stages[0]  # importance, or the first checkpoint
     importance = first.ended - first.began
     if first.ticks:
-        importance += (config.calibration - len(first.ticks)) * first.each
+        importance += (config.passes * config.calibration - len(first.ticks)) * first.each
     last = [stage for stage in rehearsed.stages[1:] if stage.ticks and stage.name != REPAIR]
     apart = min(HELD_OUT, (config.blocks + HELD_OUT) // 10)
     trained = rehearsed.trained or first.ended  # a run without steps
