@@ -357,6 +357,7 @@ class PruneConfig:
         for name in ("warmup", "recovery"):
             need(name, 0.0 <= getattr(self, name) < 1.0, "a share from 0 to below 1")
         self._check_criteria()
+        self._check_idle()
         if self.warmup + self.recovery > 1.0:
             raise ConfigError(
                 f"--warmup {self.warmup:g} and --recovery {self.recovery:g} add up to more than 1; masks are frozen after "
@@ -396,6 +397,17 @@ class PruneConfig:
                 f"--teachers got 'numerous'; --method {self.method} cuts at once and leaves no records. Allowed are intact, "
                 "none."
             )
+
+    def _check_idle(self) -> None:
+        """Refuses options that would do nothing because of another."""
+        idle = {"repair_batches": ("repair", False), "repair_damping": ("repair", False), "head_bias": ("gate_init", "flap")}
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        for name, (owner, value) in idle.items():
+            if getattr(self, owner) == value and getattr(self, name) != defaults[name]:
+                given = f"without --{owner}" if value is False else f"with {flag(owner)} {value}"
+                raise ConfigError(
+                    f"{flag(name)} got {getattr(self, name):g} {given}, where it does nothing; leave one of them out."
+                )
 
     @property
     def one_shot(self) -> bool:

@@ -46,6 +46,7 @@ from nuteprune.teachers import INTACT, REPAIRED, Snapshot, TeacherBank, TeacherP
 
 REACHED = 0.005  # the original's sparsity_epsilon: how near counts as at the target
 LR_WARMUP = 0.03
+OUTLIER = 5.0  # standard deviations of importance above which gates start alike
 FORCED = 0.02  # sparsity still missing when masks freeze that deserves a warning
 
 Metrics = dict[str, Any]
@@ -152,6 +153,8 @@ class Trainer:
             for number in range(1, self.config.passes + 1):  # each on what the one before it left
                 told = _part(progress, number - 1, self.config.passes)
                 scores = unit_scores(criterion, self.masked, self.gates, text, self.config.head_bias, told, kept)
+                if not self.config.one_shot:  # an outlier, as flap has, would start beyond what training can move
+                    scores = {kind: score.clamp(max=OUTLIER) for kind, score in scores.items()}
                 self.gates.start_from(scores)
                 if number < self.config.passes:
                     masks, _ = self.discrete(self.config.sparsity * number / self.config.passes)
