@@ -232,6 +232,12 @@ def test_what_does_not_go_together_is_refused(options: dict[str, Any], message: 
         PruneConfig.create(**options)
 
 
+def test_a_recipe_gives_a_baseline_what_it_can_use() -> None:
+    config = PruneConfig.create(recipe="paper", method="wanda")
+    assert config.prune == ("heads", "intermediate")
+    assert (config.teachers, config.lora_rank, config.freeze_step) == ("intact", 8, 0)
+
+
 def test_a_baselines_options_are_read_back(small_run: PruneConfig, tmp_path: Path) -> None:
     config = one_shot(small_run, "magnitude", tmp_path / "run")
     (tmp_path / "config.yaml").write_text(config.to_yaml())

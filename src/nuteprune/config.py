@@ -488,6 +488,8 @@ class PruneConfig:
             defaults |= {"control": "projection"}
         method = options.get("method", "nuteprune")
         if method in CRITERIA:
+            if method in ("wanda", "flap"):
+                defaults |= {"prune": plain["prune"]}  # they score no other units, whatever the recipe
             defaults |= {"gate_init": method, "teachers": "intact"} | {name: plain[name] for name in METHOD_DECIDES}
             for name in METHOD_DECIDES:
                 if name in options and checked_type(name, options[name], _HINTS[name]) != plain[name]:

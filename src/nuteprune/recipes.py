@@ -15,6 +15,12 @@ RECIPES: dict[str, dict[str, Any]] = {
     "default": {},
     # Values of the original's cotrain script and argument defaults (github.com/Lucius-lsr/NutePrune); see docs/design.md.
     "paper": {
+        "teachers": "numerous",
+        "teacher_lag": 10,
+        "walk_back": True,
+        "ramp_shape": "linear",
+        "repair": False,
+        "lora_plus": 1.0,
         "gates": "hard-concrete",
         "gate_init": "open",
         "gate_lr": 0.1,
