@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import weakref
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -202,6 +203,34 @@ def test_files_that_cannot_be_written_alike_are_refused_before_training(alpaca: 
     save_file({**tensors, "extra.weight": torch.ones(3)}, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(ConfigError, match=r"extra.weight is not both in its files and in the model"):
         finetune(options(folder, alpaca, tmp_path / "o"), Reporter(Console(quiet=True)))
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_half_precision_file_trained_in_float32(dtype: torch.dtype, alpaca: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    tiny_model(tiny_config(), dtype=dtype).save_pretrained(folder)
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(folder)
+    result = finetune(options(folder, alpaca, tmp_path / "o", dtype="float32"), Reporter(Console(quiet=True)))
+    assert {t.dtype for t in load_file(result.model / "model.safetensors").values()} == {dtype}
+
+
+def test_models_are_let_go_before_the_merged_one_comes(run: Path, alpaca: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    alive: list[Any] = []
+    loaded: list[Any] = []
+    real = Source.model
+
+    def model(self: Source, *args: Any) -> Any:
+        alive.append(sum(reference() is not None for reference in loaded))
+        found = real(self, *args)
+        loaded.append(weakref.ref(found.get_input_embeddings().weight))
+        return found
+
+    monkeypatch.setattr(Source, "model", model)
+    finetune(options(run, alpaca, tmp_path / "o", distill=0.5, steps=2), Reporter(Console(quiet=True)))
+    assert alive == [0, 1, 0]  # the pruned model, its teacher, and after both the merged one
 
 
 # -- losses ------------------------------------------------------------------------------------------------------------
@@ -335,6 +364,7 @@ def test_long_answers_are_cut_and_long_questions_left_out(tmp_path: Path, tokeni
         ({"instruction": "a", "output": " "}, "1 records, but none with a question and an answer to it"),
         ({"messages": [{"role": "robot", "content": "a"}]}, "line 1: neither"),
         ({"messages": []}, "line 1: neither"),
+        ({"messages": [{"role": ["user"], "content": "x"}]}, "line 1: neither"),
         ({"instruction": "a", "input": 3, "output": "b"}, "line 1: neither"),
         ({"instruction": "a b " * 99, "output": "b"}, "no example with an answer within --seq-len 24"),
     ],

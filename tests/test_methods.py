@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from nuteprune import ExportOptions, PruneConfig, estimate, export_run, prune, resume, write_report
 from nuteprune.arch import Arch
+from nuteprune.cli import _merged
 from nuteprune.errors import ConfigError
 from nuteprune.gates import Deterministic, GateSet
 from nuteprune.importance import flap, magnitude, taylor, unit_scores, wanda
@@ -218,7 +219,7 @@ def test_gates_can_start_from_every_criterion(small_run: PruneConfig, tmp_path: 
         ({"method": "taylor", "gate_init": "open"}, "--gate-init got 'open'; with --method taylor allowed is taylor"),
         ({"repair_damping": 0.5}, "--repair-damping got 0.5 without --repair, where it does nothing"),
         ({"repair_batches": 3}, "--repair-batches got 3 without --repair"),
-        ({"method": "flap", "head_bias": 0.0}, "--head-bias got 0 with --gate-init flap, where it does nothing"),
+        ({"method": "flap", "head_bias": 0.0}, "--head-bias got 0 with --method flap, where it does nothing"),
         ({"passes": 2}, "--passes got 2 with --method nuteprune; allowed is 1, or one of taylor, wanda, flap"),
         ({"method": "magnitude", "passes": 2}, "--passes got 2 with --method magnitude"),
         ({"method": "sparsegpt"}, "--method got 'sparsegpt'; allowed are nuteprune, taylor, magnitude, wanda, flap"),
@@ -251,3 +252,23 @@ def test_a_baseline_can_be_estimated(changes: dict[str, Any], small_run: PruneCo
     assert found.measured is not None
     assert found.measured.time.total > 0
     assert found.measured.time.training == 0.0 if config.total_steps == 0 else found.measured.time.training > 0
+
+
+@pytest.mark.parametrize(
+    ("saved", "given"),
+    [
+        ({}, {"method": "taylor"}),
+        ({"method": "taylor"}, {"method": "wanda"}),
+        ({"method": "taylor"}, {"method": "nuteprune"}),
+        ({"recipe": "paper"}, {"method": "taylor"}),
+        ({"recipe": "paper"}, {"recipe": "default"}),
+        ({"repair": True, "repair_batches": 64}, {"repair": False}),
+    ],
+)
+def test_a_saved_configuration_can_be_changed(saved: dict[str, Any], given: dict[str, Any], tmp_path: Path) -> None:
+    """What the file's method or recipe decided does not stand in the way of another one."""
+    (tmp_path / "c.yaml").write_text(PruneConfig.create(**saved).to_yaml())
+    found = _merged(None, tmp_path / "c.yaml", dict(given))
+    wanted = PruneConfig.create(**given)
+    assert (found.method, found.gate_init, found.teachers) == (wanted.method, wanted.gate_init, wanted.teachers)
+    assert _merged(None, tmp_path / "c.yaml", {}) == PruneConfig.create(**saved)

@@ -82,7 +82,9 @@ def test_runs_of_other_options_are_not_gone_on_with(
 ) -> None:
     work = tmp_path / "work"
     (work / "g_wanda-s0").mkdir(parents=True)
-    (work / "g_wanda-s0.yaml").write_text("steps: 9\n")
+    experiment = modules["experiments"].read(listed(tmp_path, model_folder), only="g/wanda*")[0]
+    begun = {"options": experiment.options, "evaluate": experiment.evaluate, "code": "of another day"}
+    (work / "g_wanda-s0.yaml").write_text(yaml.safe_dump(begun))
     arguments = [
         "run.py", "--data", str(text_file.parent), "--work", str(work), "--list", str(listed(tmp_path, model_folder)),
         "--only", "g/wanda*",

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from nuteprune import ExportOptions, PruneConfig, export_run, load_adapter, prune, resume
 from nuteprune.arch import Arch
 from nuteprune.checkpoint import checkpoints
+from nuteprune.errors import TrainingError
 from nuteprune.export.hf import check_equal
 from nuteprune.masking import LoraOptions, MaskedModel
 from nuteprune.masks import Masks
@@ -145,6 +146,15 @@ def test_rounding_raises_the_damping() -> None:
     masked = MaskedModel(tiny_model(config), Arch.from_config(config), WIDTHS, None)
     found = repair(masked, random_masks(masked.arch, kinds=WIDTHS), IDS[:2], damping=1e-14)
     assert all(weight.isfinite().all() for weight in found.values())
+
+
+def test_what_is_not_finite_is_an_error() -> None:
+    config = tiny_config()
+    model = tiny_model(config)
+    model.model.layers[1].mlp.up_proj.weight.data[3] = torch.nan
+    masked = MaskedModel(model, Arch.from_config(config), WIDTHS, None)
+    with pytest.raises(TrainingError, match="not finite; try --dtype float32"):
+        repair(masked, random_masks(masked.arch, kinds=WIDTHS), IDS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

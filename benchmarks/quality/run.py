@@ -75,17 +75,16 @@ def run(experiment: Experiment, data: Path, work: Path, keep: bool, lock: int) -
             with other options or another version of the code.
     """
     folder = work / experiment.key.replace("/", "_")
-    record = work / f"{folder.name}.json"
-    subject = MODEL
+    record, settings = work / f"{folder.name}.json", work / f"{folder.name}.yaml"
+    subject, began = MODEL, code()
+    asked = yaml.safe_dump({"options": experiment.options, "evaluate": experiment.evaluate, "code": began})
+    if (folder.is_dir() or record.is_file()) and not (settings.is_file() and settings.read_text(encoding="utf-8") == asked):
+        raise RuntimeError(f"{folder} was begun with other options or other code; remove it and {record.name} to start anew")
+    save_text(settings, asked)
     if experiment.options:
         subject = str(folder)
         options = experiment.options | {"seed": experiment.seed, "out": str(folder)}
         options["data"] = [str(data / name) if "." in name else name for name in options["data"]]
-        settings = work / f"{folder.name}.yaml"
-        asked = yaml.safe_dump(options | {"code": code()})
-        if folder.is_dir() and settings.read_text(encoding="utf-8") != asked:
-            raise RuntimeError(f"{folder} was begun with other options or other code; remove it to start anew")
-        save_text(settings, asked)
         if not (folder / "result.json").is_file():
             given = work / f"{folder.name}.options.yaml"
             save_text(given, yaml.safe_dump(options))
@@ -100,10 +99,12 @@ def run(experiment: Experiment, data: Path, work: Path, keep: bool, lock: int) -
         config |= {"data": experiment.options["data"], "out": experiment.key}
         save_text(RESULTS / experiment.key / "config.yaml", yaml.safe_dump(config, sort_keys=False))
     measured = json.loads(record.read_text(encoding="utf-8"))
+    if code() != began:
+        raise RuntimeError("the library's source changed meanwhile, so these figures belong to no one version")
     result = {
         "experiment": experiment.key,
         "seed": experiment.seed,
-        "code": code(),
+        "code": began,
         "options": experiment.options,
         "figures": figures,
         "parameters": measured["parameters"],
@@ -112,6 +113,7 @@ def run(experiment: Experiment, data: Path, work: Path, keep: bool, lock: int) -
         "environment": measured["environment"],
     }
     save_json(experiment.result, result)
+    record.unlink()
     if not keep and folder.is_dir():
         shutil.rmtree(folder)
 

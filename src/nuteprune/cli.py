@@ -20,7 +20,7 @@ from nuteprune.errors import ConfigError, NutePruneError
 from nuteprune.finetuning.options import FinetuneOptions
 from nuteprune.option_values import read_yaml
 from nuteprune.options import COST_OPTIONS, config_options
-from nuteprune.recipes import SHAPE_DECIDES
+from nuteprune.recipes import METHOD_DECIDES, RECIPES, SHAPE_DECIDES
 
 app = typer.Typer(
     name="nuteprune",
@@ -410,6 +410,15 @@ def _merged(model: str | None, config: Path | None, options: dict[str, Any]) -> 
     if from_file.get("target_shape") or options.get("target_shape"):  # what another shape decided
         for name in SHAPE_DECIDES:
             from_file.pop(name, None)
+    for name, decided in (
+        ("method", (*METHOD_DECIDES, "gate_init", "teachers")),
+        ("recipe", (*METHOD_DECIDES, *RECIPES["paper"])),
+    ):
+        if name in options and options[name] != from_file.get(name):  # what the file's value decided
+            for other in decided:
+                from_file.pop(other, None)
+    if options.get("repair") is False:
+        from_file.pop("repair_batches", None), from_file.pop("repair_damping", None)
     merged = {**from_file, **options}
     if "model" not in merged:
         raise NutePruneError("MODEL is missing; give a folder, a hub id, a .gguf file or smollm2-135m.")

@@ -1,7 +1,7 @@
 """Every option of a pruning run: one frozen dataclass that is the YAML, the command line and the Python call.
 
 Each option is declared once, with its help text and the source of its default; `cli.py` builds the command line from
-these declarations and `PruneConfig.to_yaml` / `from_yaml` keep them beside a run.
+these declarations and `PruneConfig.to_yaml` / `of_run` keep them beside a run.
 """
 
 from __future__ import annotations
@@ -404,7 +404,8 @@ class PruneConfig:
         defaults = {f.name: f.default for f in dataclasses.fields(self)}
         for name, (owner, value) in idle.items():
             if getattr(self, owner) == value and getattr(self, name) != defaults[name]:
-                given = f"without --{owner}" if value is False else f"with {flag(owner)} {value}"
+                named = "method" if owner == "gate_init" and self.one_shot else owner
+                given = f"without --{owner}" if value is False else f"with {flag(named)} {value}"
                 raise ConfigError(
                     f"{flag(name)} got {getattr(self, name):g} {given}, where it does nothing; leave one of them out."
                 )

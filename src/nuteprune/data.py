@@ -197,10 +197,8 @@ def _read_table(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, Any
             names = file.schema_arrow.names
             wanted = [name for name in names if name in columns] or names
             if columns and wanted is names:
-                raise DataError(
-                    f"{path}: none of the columns {', '.join(columns)} (there is {', '.join(names)}); name the text's with "
-                    "--text-key."
-                )
+                hint = "; name it with --text-key." if len(columns) == 1 else "."
+                raise DataError(f"{path}: no column {' or '.join(columns)} (there is {', '.join(names)}){hint}")
             row = 0
             for batch in file.iter_batches(columns=wanted):
                 for record in batch.to_pylist():

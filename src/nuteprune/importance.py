@@ -175,7 +175,7 @@ def wanda(
 def flap(
     masked: MaskedModel, gates: GateSet, sequences: Tensor, progress: Progress | None = None, there: Unit | None = None
 ) -> Unit:
-    """Variance of an input channel times its weights' squared norm, standardised within each layer and kind.
+    """Variance of an input channel times its weights' squared norm, standardised within what is left of each layer and kind.
 
     FLAP's weighted fluctuation (WIFV) and adaptive structure (arXiv 2312.11983, section 4); a head's score is the mean of
     its channels'. FLAP's bias compensation is not part of it: stock models have no such biases, and `repair` does more.
@@ -187,7 +187,12 @@ def flap(
     scores: Unit = {}
     for kind, layers in inputs.items():
         found = [seen.weight.square().sum(0) * (seen.square - seen.mean.square()).clamp_min(0.0) for seen in layers]
-        scores[kind] = _by_unit(gates, kind, [(f - f.mean()) / f.std().clamp_min(1e-30) for f in found]).mean(-1)
+        for layer, value in enumerate(found):
+            each = torch.ones(gates.log_alpha[kind][layer].shape) if there is None else there[kind][layer]
+            among = value[each.flatten().repeat_interleave(value.numel() // each.numel()) != 0]
+            if len(among) > 1:
+                found[layer] = (value - among.mean()) / among.std().clamp_min(1e-30)
+        scores[kind] = _by_unit(gates, kind, found).mean(-1)
     return scores
 
 

@@ -21,10 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from nuteprune.arch import BLOCKS, submodule
+from nuteprune.errors import TrainingError
 from nuteprune.masking import MaskedModel
 from nuteprune.masks import Masks
 
 Progress = Callable[[int, int], None]
+TRIES = 12  # of ten times more damping each
 STAGE = "repair of output projections"  # as progress shows it
 
 
@@ -259,11 +261,19 @@ def _solved(student: _Side, layer: int, block: str, seen: list[_Seen], targets: 
 
 
 def _factor(square: Tensor, damping: float) -> Tensor:
-    """Cholesky factor of x^T x with its damping; ten times more where rounding leaves it without one."""
+    """Cholesky factor of x^T x with its damping; ten times more where rounding leaves it without one.
+
+    Raises:
+        TrainingError: it has none, because a value is not finite.
+    """
     mean = square.diagonal().mean().clamp_min(1e-12)
-    while True:
+    for _ in range(TRIES):
         damped = square + torch.eye(len(square), dtype=square.dtype, device=square.device) * (damping * mean)
         factor, failed = torch.linalg.cholesky_ex(damped)
         if not bool(failed):
             return factor
         damping *= 10.0
+    raise TrainingError(
+        "the repair of output projections read values that are not finite; try --dtype float32 or a lower --lr in a new "
+        "run, or leave --repair out."
+    )

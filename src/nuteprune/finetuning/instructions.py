@@ -178,7 +178,7 @@ def _messages(record: Any) -> list[Message] | None:
         turns = record.get(key)
         if not isinstance(turns, list) or not turns:
             continue
-        if all(isinstance(t, dict) and t.get(role) in ROLES and isinstance(t.get(content), str) for t in turns):
+        if all(isinstance(t, dict) and str(t.get(role)) in ROLES and isinstance(t.get(content), str) for t in turns):
             return [{"role": ROLES[t[role]], "content": t[content]} for t in turns]
     return None
 
@@ -232,7 +232,8 @@ def _alpaca(tokenizer: PreTrainedTokenizerBase, where: str, messages: list[Messa
     preamble = _PREAMBLE.format(more=_INPUT if given else "")
     prompt = f"{preamble}\n\n### Instruction:\n{instruction}{given}\n\n### Response:\n"
     bare, dressed = (list(tokenizer("a", add_special_tokens=special)["input_ids"]) for special in (False, True))
-    begin = dressed[: len(dressed) - len(bare)] if bare and dressed[-len(bare) :] == bare else []  # as a prompt begins
+    begin = dressed[: dressed.index(bare[0])] if bare and bare[0] in dressed else []  # as a prompt begins
     end = [tokenizer.eos_token_id] if isinstance(tokenizer.eos_token_id, int) else []
-    first, second = (list(tokenizer(t, add_special_tokens=False)["input_ids"]) for t in (prompt, answer))
+    first = list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+    second = _continued(tokenizer, first, prompt, prompt + answer)
     return begin + first + second + end, [False] * len(begin + first) + [True] * len(second + end)

@@ -42,8 +42,10 @@ from nuteprune.progress import MetricsFile, Reporter, duration
 EXAMPLES, ENVIRONMENT, RESULT, MODEL = "data/examples.safetensors", "env.json", "result.json", "model"
 HELD_OUT = 64  # most examples kept apart, for the loss before and after; a twentieth of them if that is less
 WARMUP = 0.03
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf")  # endings of weight files
+_PRECISIONS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Largest difference in logits of the merged and the unmerged model, relative to the largest logit.
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # by the coarser of computation and file
 GROUP = 16  # batches whose examples are put in order of length, so that little is padded
 
 
@@ -89,7 +91,7 @@ def finetune(options: FinetuneOptions, reporter: Reporter | None = None) -> Fine
         reporter: shows progress.
 
     Raises:
-        ConfigError, DataError: bad input, found before any weights are read; nothing is written.
+        ConfigError, DataError: bad input, found before training; nothing is left.
         TrainingError: the loss is not finite; the last good checkpoint is kept.
     """
     reporter = reporter or Reporter()
@@ -107,7 +109,11 @@ def finetune(options: FinetuneOptions, reporter: Reporter | None = None) -> Fine
         save_text(temporary / TUNING, options.absolute().to_yaml())
         save_json(temporary / ENVIRONMENT, environment(job.device) | job.base() | {"template": template} | examples.about)
         save_tensors(temporary / EXAMPLES, examples.tensors())
-    return job.train_and_finish(reporter)
+    try:
+        return job.train_and_finish(reporter)
+    except ConfigError:  # what only the weights show
+        shutil.rmtree(options.folder)
+        raise
 
 
 def resume_finetune(folder: str | Path, reporter: Reporter | None = None) -> FinetuneResult:
@@ -184,16 +190,12 @@ class _Job:
 
     def train_and_finish(self, reporter: Reporter) -> FinetuneResult:
         """Trains from where the folder stands, then merges and writes."""
-        options = self.options
         examples = Examples.from_tensors(load_file(self.folder / EXAMPLES))
         apart = min(HELD_OUT, len(examples) // 20)  # the last ones; their order is random
         training = len(examples) - apart
         reporter.say(f"loading {self.source.name} on {self.device}")
-        model = self.source.model(self.device, self.dtype)
-        files = weight_files(Path(self.source.where), model)
-        teacher = None if self.teacher is None else self.teacher.model(self.device, self.dtype).requires_grad_(False)
-        tuning = _Tuning(options, self.folder, model, teacher, examples, training, self._pad)
-        tuning.check_heads()
+        tuning = self.begin(examples, training)
+        files = tuning.files
         try:
             if checkpoints(self.folder / "checkpoints"):
                 tuning.load()
@@ -210,6 +212,19 @@ class _Job:
         at = int(kept[-1].name.removeprefix("step-")) if kept else 0
         reporter.say(f"stopped; the checkpoint of step {at} is kept. Go on with: nuteprune resume {self.folder}")
         return FinetuneResult(self.folder, complete=False)
+
+    def begin(self, examples: Examples, training: int) -> _Tuning:
+        """Loads the models and checks them; nothing but the result holds them.
+
+        Raises:
+            ConfigError: a model that cannot be fine-tuned here.
+        """
+        model = self.source.model(self.device, self.dtype)
+        files = weight_files(Path(self.source.where), model)
+        teacher = None if self.teacher is None else self.teacher.model(self.device, self.dtype).requires_grad_(False)
+        tuning = _Tuning(self.options, self.folder, model, teacher, examples, training, self._pad, files)
+        tuning.check_heads()
+        return tuning
 
     @property
     def _pad(self) -> int:
@@ -228,10 +243,12 @@ class _Job:
             written = Source.find(str(folder)).model(self.device, self.dtype)
             found = tuning.logits(written, ids, mask)
             difference, largest = float((found - wanted).abs().max()), float(wanted.abs().max())
-            if not difference <= TOLERANCE[self.dtype] * max(largest, 1.0):
+            allowed = max(TOLERANCE.get(kind, 0.0) for kind in {self.dtype, *precisions(files)}) * max(largest, 1.0)
+            if not difference <= allowed:
                 raise ExportError(
                     f"the merged model differs from the trained one by up to {difference:.2e} in its logits (the largest is "
-                    f"{largest:.1f}); nothing was written. Please report this with {self.folder / TUNING}."
+                    f"{largest:.1f}, allowed is {allowed:.2e}); nothing was written. Please report this with "
+                    f"{self.folder / TUNING}."
                 )
             with reporter.counter("loss of held-out answers") as progress:
                 after = tuning.held_out(written, progress)
@@ -275,6 +292,7 @@ class _Tuning:
         examples: all examples; those from `training` on are held out.
         training: number of examples to learn from.
         pad: token to fill batches with.
+        files: the model's weight files (`weight_files`).
     """
 
     def __init__(
@@ -286,7 +304,9 @@ class _Tuning:
         examples: Examples,
         training: int,
         pad: int,
+        files: dict[Path, list[str]] | None = None,
     ) -> None:
+        self.files = files or {}
         self.options, self.folder, self.teacher, self.examples = options, folder, teacher, examples
         self.training, self.pad, self.device, self.dtype = training, pad, model.device, model.dtype
         self.total = options.total_steps(training)
@@ -495,6 +515,15 @@ def weight_files(source: Path, model: PreTrainedModel) -> dict[Path, list[str]]:
     return files
 
 
+def precisions(files: dict[Path, list[str]]) -> set[torch.dtype]:
+    """The precisions of the weights in files."""
+    found = set()
+    for path, names in files.items():
+        with safe_open(path, framework="pt") as file:
+            found |= {_PRECISIONS[file.get_slice(name).get_dtype()] for name in names}
+    return found
+
+
 def write_like(
     source: Path,
     files: dict[Path, list[str]],
@@ -515,7 +544,8 @@ def write_like(
         ExportError: a weight that is not finite.
     """
     for path in source.iterdir():
-        if path.is_file() and path.suffix not in (".safetensors", ".bin", ".pth", ".gguf") and path.name != PROVENANCE:
+        other = path.suffix in _WEIGHTS or path.name.endswith(tuple(f"{s}.index.json" for s in _WEIGHTS if s != ".safetensors"))
+        if path.is_file() and not other and path.name != PROVENANCE:
             shutil.copyfile(path, folder / path.name)
     for done, path in enumerate(files, 1):
         with safe_open(path, framework="pt") as file:
