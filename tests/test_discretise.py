@@ -53,6 +53,7 @@ def as_masks(kept: dict[str, torch.Tensor]) -> Masks:
     head_unit=st.sampled_from(["group", "query"]),
     uniform=st.booleans(),
 )
+@example("gemma3", 0.544921875, ("intermediate",), (1, 8, 1), 0, False, "group", False)
 @example("gemma3", 0.5, ("hidden",), (1, 1, 1), 0, False, "group", True)
 def test_discrete_size_is_the_nearest_not_above(
     name: str,
@@ -109,6 +110,8 @@ def test_discrete_size_is_the_nearest_not_above(
         "layers": 1,
     }
     each = {k: n * (cost[k] if k != "heads" or head_unit == "group" else arch.dims.groups * cost[k]) for k, n in steps.items()}
+    each["intermediate"] += size.mlp(0, arch.dims.hidden)  # the first channels of a block bring its norms back
+    each["heads"] += size.attention(0, 0, arch.dims.hidden)
     every = arch.dims.layers if uniform else 1
     if uniform and arch.spec.divisible:  # some widths have no stock class
         every *= 2

@@ -53,7 +53,7 @@ def main() -> None:
     groups = read()
     for group, rows in groups.items():
         if not args.only or group in args.only.split(","):
-            print(f"### {group}\n\n{table(rows)}\n")
+            print(f"### {group}\n\n{table(rows, dense_of(groups, rows))}\n")
     if args.picture is not None:
         args.picture.mkdir(parents=True, exist_ok=True)
         draw(groups, args.picture)
@@ -74,15 +74,24 @@ def read() -> dict[str, list[Row]]:
     return made
 
 
-def table(rows: list[Row]) -> str:
-    """A group as Markdown."""
+def dense_of(groups: dict[str, list[Row]], rows: list[Row]) -> Row | None:
+    """The dense model, measured on the first text of a group as the group was, here or in another group."""
+    text, entry = next(iter(rows[0].results[0]["perplexity"].items()))
+    for found in [rows, *groups.values()]:
+        for row in found:
+            if row.name == "dense" and row.results[0]["perplexity"].get(text, {}).get("protocol") == entry["protocol"]:
+                return row
+    return None
+
+
+def table(rows: list[Row], dense: Row | None) -> str:
+    """A group as Markdown, against the dense model."""
     texts = list(rows[0].results[0]["perplexity"])
     windows = {text: rows[0].results[0]["perplexity"][text]["windows"] for text in texts}
-    tasks = telling(rows)
+    tasks = telling(dense)
     named = [f"{text}, {windows[text]} windows" for text in texts]
     head = ["experiment", "blocks removed", "minutes of steps", *named, *(["mean of tasks", "kept"] if tasks else [])]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    dense = next((row for row in rows if row.name == "dense"), None)
     for row in rows:
         figures = [r["figures"] for r in row.results if r["figures"]]
         cells = [row.name + (f" ({len(row.results)} seeds)" if len(row.results) > 1 else "")]
@@ -106,9 +115,8 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def telling(rows: list[Row]) -> list[str]:
+def telling(dense: Row | None) -> list[str]:
     """Tasks in which the dense model stands clearly above chance."""
-    dense = next((row for row in rows if row.name == "dense"), None)
     found = dense.results[0]["tasks"] if dense is not None else {}
     return [n for n, t in found.items() if t["value"] > (KNOWN[n].chance or 0.0) + ABOVE * (t["stderr"] or 0.0)]
 

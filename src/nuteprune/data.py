@@ -104,7 +104,7 @@ def read_records(source: str, columns: tuple[str, ...] = ()) -> Iterator[tuple[s
     elif _is_text(path):
         raise DataError(f"--data {source} is not a file of records; give .json, .jsonl (or .gz), or .parquet.")
     else:
-        yield from json_lines(path)
+        yield from _json_array(path) if _is_array(path) else json_lines(path)
 
 
 def pydoc_pages(held_out: bool) -> list[str]:
@@ -140,14 +140,11 @@ def _open(path: Path) -> IO[bytes]:
 
 
 def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    """The values of a file of one JSON value a line, or of one JSON array, gzipped or not, each with "file, line N".
+    """The values of a file of one JSON value a line, gzipped or not, each with "file, line N" for errors.
 
     Raises:
         DataError: unreadable input, with file and line.
     """
-    if _is_array(path):
-        yield from _json_array(path)
-        return
     for number, line in _lines(path):
         if not line.strip():
             continue

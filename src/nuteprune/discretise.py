@@ -375,20 +375,22 @@ class Discretiser:
         """Adds the best steps that still fit under the budget: channels, then heads, then blocks."""
         for kind, rank in choice.ranks.items():
             levels = self._head_levels(widths.hidden)
+            full = torch.zeros(self.arch.dims.layers, dtype=torch.bool)  # layers whose next step does not fit
             while True:
                 counts = widths.rows[kind]
                 if kind == "heads":
                     steps = torch.tensor([next((n for n in levels if n > c), c) - c for c in counts.tolist()])
                 else:
                     steps = torch.full_like(counts, self.rounding.intermediate)
-                score = _next_step(rank, counts, steps).where(widths.alive(kind), torch.tensor(-math.inf))
+                score = _next_step(rank, counts, steps).where(widths.alive(kind) & ~full, torch.tensor(-math.inf))
                 if float(score.max()) == -math.inf:
                     break
                 best = torch.ones(len(score), dtype=torch.bool) if self.uniform else _only(int(score.argmax()), len(score))
                 more = replace(widths, rows=widths.rows | {kind: counts + steps * best})
-                if self._count(more) > choice.budget:
-                    break
-                widths = more
+                if self._count(more) <= choice.budget:
+                    widths = more
+                else:  # the first step of a block that lost all its units is dearer: its norms come back with it
+                    full |= best
         for kind in self.kinds:
             if kind not in (*BLOCKS, "layers"):
                 continue

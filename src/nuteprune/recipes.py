@@ -34,6 +34,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "warmup": 1 / 7,
         "recovery": 0.1,
         "kl_weight": 0.1,
+        "lm_weight": 0.0,
         "temperature": 2 / 3,
         "hidden_loss": "plain",
         "hidden_weight": 0.9,
