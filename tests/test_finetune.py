@@ -25,7 +25,7 @@ from nuteprune.cli import main
 from nuteprune.errors import ConfigError, DataError
 from nuteprune.finetuning.instructions import IGNORED, Examples, _alpaca, _chat, pick_template, read_chats, read_examples
 from nuteprune.finetuning.loss import Answers, answer_loss
-from nuteprune.finetuning.run import _Tuning
+from nuteprune.finetuning.tuning import Tuning
 from nuteprune.models import Source
 from nuteprune.progress import Reporter, read_metrics
 
@@ -149,7 +149,7 @@ def test_whole_passes_see_every_example_alike(run: Path, alpaca: Path, tmp_path:
     given = options(run, alpaca, tmp_path / "o", steps=None, epochs=3)
     examples = Examples([torch.arange(n + 2) for n in range(10)], [torch.arange(n + 2) for n in range(10)])
     model = Source.find(str(run)).model(torch.device("cpu"), torch.float32)
-    tuning = _Tuning(given, tmp_path, model, None, examples, 10, 0)
+    tuning = Tuning(given, tmp_path, model, None, examples, 10, 0)
     assert tuning.total == 9
     seen = [row for step in range(tuning.total) for row in tuning.rows(step)]
     assert sorted(seen) == sorted(list(range(10)) * 3)
