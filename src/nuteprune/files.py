@@ -137,7 +137,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
 
 
 # Names of the safetensors format.
-_FORMAT = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+FORMAT = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 def stream_tensors(
@@ -160,7 +160,7 @@ def stream_tensors(
     end = 0
     for name, shape in shapes.items():
         start, end = end, end + shape.numel() * dtype.itemsize
-        header[name] = {"dtype": _FORMAT[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        header[name] = {"dtype": FORMAT[dtype], "shape": list(shape), "data_offsets": [start, end]}
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
     expected = iter(shapes.items())

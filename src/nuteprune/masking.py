@@ -22,6 +22,7 @@ from nuteprune.arrangement import Arrangement, Widths
 from nuteprune.errors import ConfigError
 from nuteprune.linear import MaskedLoraLinear, mask_hooks
 from nuteprune.masks import Masks
+from nuteprune.precision import half_autocast
 
 # Where the mask of a kind acts: on the input of the linears that read this axis.
 _INPUT_AXES = {"heads": Axis.QUERY, "intermediate": Axis.INTERMEDIATE}
@@ -364,8 +365,7 @@ class MaskedModel:
 
     def autocast(self) -> torch.autocast:
         """The context in which a half-precision model computes; it changes nothing in others."""
-        half = self._dtype if self._dtype in (torch.bfloat16, torch.float16) else None
-        return torch.autocast(self.device.type, half, enabled=half is not None)
+        return half_autocast(self.device, self._dtype)
 
     @contextmanager
     def uncompiled(self) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""Computing in float64 throughout, also where stock code rounds to float32."""
+"""Precisions to compute in: float64 throughout, also where stock code rounds to float32, and half precision by autocast."""
 
 from __future__ import annotations
 
@@ -25,3 +25,9 @@ class WithoutRounding(TorchFunctionMode):
             args = tuple(torch.float64 if a is torch.float32 else a for a in args)
             kwargs = {k: torch.float64 if v is torch.float32 else v for k, v in kwargs.items()}
         return func(*args, **kwargs)
+
+
+def half_autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """The context in which a model of half precision computes; it changes nothing for others."""
+    half = dtype if dtype in (torch.bfloat16, torch.float16) else None
+    return torch.autocast(device.type, half, enabled=half is not None)

@@ -34,6 +34,7 @@ from nuteprune.errors import TrainingError
 from nuteprune.files import save_tensors
 from nuteprune.gates import Deterministic, Gate, GateSet, HardConcrete
 from nuteprune.importance import unit_scores
+from nuteprune.learning_rate import lr_factor
 from nuteprune.losses import HiddenLoss, head_loss
 from nuteprune.masking import LoraOptions, MaskedModel, Role
 from nuteprune.masks import Masks
@@ -45,7 +46,6 @@ from nuteprune.size import BlockSize, Unit
 from nuteprune.teachers import INTACT, REPAIRED, Snapshot, TeacherBank, TeacherPolicy, teacher_name
 
 REACHED = 0.005  # the original's sparsity_epsilon: how near counts as at the target
-LR_WARMUP = 0.03
 OUTLIER = 5.0  # standard deviations of importance above which gates start alike
 FORCED = 0.02  # sparsity still missing when masks freeze that deserves a warning
 
@@ -486,18 +486,3 @@ def settled(config: PruneConfig, arch: Arch) -> PruneConfig:
     if shape is None:
         return config
     return config.replace(sparsity=shape.sparsity, prune=tuple(shape.units), uniform=True)
-
-
-def lr_factor(kind: str, step: int, total: int) -> float:
-    """Factor on the peak learning rate at a step (from 0): a linear warm-up over 3 % of the run, then the schedule."""
-    warm = max(1, round(LR_WARMUP * total))
-    if step < warm:
-        return (step + 1) / warm
-    progress = (step - warm) / max(total - warm, 1)
-    if kind == "constant":
-        return 1.0
-    if kind == "linear":
-        return 1.0 - progress
-    if kind == "cosine":
-        return 0.5 * (1.0 + math.cos(math.pi * progress))
-    return min(1.0, 2.0 * (1.0 - progress))

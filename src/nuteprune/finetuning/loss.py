@@ -60,6 +60,11 @@ class Answers:
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
+def answer_tokens(labels: Tensor) -> Tensor:
+    """The tokens to be predicted, int64 [answers], of labels [rows, tokens]; the first of a row has nothing before it."""
+    return labels[:, 1:][labels[:, 1:] != IGNORED]
+
+
 def answer_loss(student: Answers, teacher: Answers | None, targets: Tensor, distill: float) -> tuple[Tensor, float, float]:
     """(1 - distill) cross entropy + distill KL(teacher || student), means over answer tokens.
 

@@ -14,10 +14,10 @@ from transformers import PreTrainedModel
 
 from nuteprune.errors import ConfigError, ExportError
 from nuteprune.export.provenance import FILE as PROVENANCE
-from nuteprune.files import save_tensors
+from nuteprune.files import FORMAT, save_tensors
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf")  # endings of weight files
-_PRECISIONS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_PRECISIONS = {name: dtype for dtype, name in FORMAT.items()}
 
 
 def weight_files(source: Path, model: PreTrainedModel) -> dict[Path, list[str]]:

@@ -19,12 +19,14 @@ from transformers import PreTrainedModel
 from nuteprune.checkpoint import load_checkpoint, load_optimizer, optimizer_tensors, save_checkpoint, within
 from nuteprune.errors import ConfigError, TrainingError
 from nuteprune.finetuning.instructions import IGNORED, Examples
-from nuteprune.finetuning.loss import Answers, answer_loss
+from nuteprune.finetuning.loss import Answers, answer_loss, answer_tokens
 from nuteprune.finetuning.options import FinetuneOptions
 from nuteprune.job import interruptible
+from nuteprune.learning_rate import lr_factor
+from nuteprune.precision import half_autocast
 from nuteprune.progress import MetricsFile, Reporter
 
-WARMUP = 0.03
+ALPHA = 2  # LoRA alpha over the rank: the scale of what LoRA adds
 GROUP = 16  # batches whose examples are put in order of length, so that little is padded
 
 
@@ -60,7 +62,7 @@ class Tuning:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(options.seed)
             config = LoraConfig(
-                r=options.lora_rank, lora_alpha=2 * options.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM"
+                r=options.lora_rank, lora_alpha=ALPHA * options.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM"
             )
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for a name that it is renaming
@@ -96,7 +98,7 @@ class Tuning:
         """
         ids, labels, mask = self._to(self.examples.batch([0], self.pad))
         for model in (self.model, *([self.teacher] if self.teacher is not None else [])):
-            with self._half():
+            with half_autocast(self.device, self.dtype):
                 wanted = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
                 found = Answers.of(model, ids, mask, labels).logits(slice(None))
             wanted = wanted[:, :-1][labels[:, 1:] != IGNORED]
@@ -114,7 +116,7 @@ class Tuning:
             if ".lora_A." in name:
                 b = self.lora[name.replace(".lora_A.", ".lora_B.")]
                 path = name.removeprefix("base_model.model.").partition(".lora_A.")[0]
-                found[f"{path}.weight"] = 2.0 * (b.float() @ a.float()).cpu()  # alpha is twice the rank
+                found[f"{path}.weight"] = ALPHA * (b.float() @ a.float()).cpu()
         return found
 
     def release(self) -> None:
@@ -138,8 +140,8 @@ class Tuning:
         if self.teacher is not None:
             with torch.no_grad():
                 teacher = Answers.of(self.teacher, ids, mask, labels)
-        targets = labels[:, 1:][labels[:, 1:] != IGNORED]
-        with self._half():
+        targets = answer_tokens(labels)
+        with half_autocast(self.device, self.dtype):
             student = Answers.of(self.model, ids, mask, labels)
             loss, lm, kl = answer_loss(student, teacher, targets, self.options.distill)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -149,7 +151,7 @@ class Tuning:
                 f"the loss or gradient of step {self.step} is not a finite number; the last good checkpoint is kept in "
                 f"{self.folder / 'checkpoints'}. Try a lower --lr (now {self.options.lr:g}) in a new fine-tuning."
             )
-        rate = self.options.lr * self.factor(self.step)
+        rate = self.options.lr * lr_factor(self.options.lr_schedule, self.step, self.total)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
@@ -160,15 +162,6 @@ class Tuning:
             "step": self.step - 1, "loss": float(loss.detach()), "lm_loss": lm, "kl": kl, "lr": rate, "gradient_norm": norm,
             "answer_tokens": self.tokens, "seconds": self.seconds,
         }  # fmt: skip
-
-    def factor(self, step: int) -> float:
-        """Factor on the peak learning rate."""
-        warm = max(1, round(WARMUP * self.total))
-        if step < warm:
-            return (step + 1) / warm
-        progress = (step - warm) / max(self.total - warm, 1)
-        kind = self.options.lr_schedule
-        return {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}[kind]
 
     def rows(self, step: int) -> list[int]:
         """The examples of a step, a function of its number and the seed; each pass has its own order."""
@@ -198,8 +191,8 @@ class Tuning:
         rows = list(range(self.training, len(self.examples)))
         for start in range(0, len(rows), self.options.batch_size):
             ids, labels, mask = self._to(self.examples.batch(rows[start : start + self.options.batch_size], self.pad))
-            targets = labels[:, 1:][labels[:, 1:] != IGNORED]
-            with self._half():
+            targets = answer_tokens(labels)
+            with half_autocast(self.device, self.dtype):
                 _, lm, _ = answer_loss(Answers.of(model, ids, mask, labels), None, targets, 0.0)
             total, count = total + lm * len(targets), count + len(targets)
             progress(min(start + self.options.batch_size, len(rows)), len(rows))
@@ -208,7 +201,7 @@ class Tuning:
     @torch.no_grad()
     def logits(self, model: Any, ids: Tensor, mask: Tensor) -> Tensor:
         """Logits of a model at the tokens of a batch, [tokens, vocab], on the CPU."""
-        with self._half():
+        with half_autocast(self.device, self.dtype):
             found = model(input_ids=ids.to(self.device), attention_mask=mask.to(self.device), use_cache=False).logits
         return found.float().cpu()[mask.bool()]  # type: ignore[no-any-return]
 
@@ -232,7 +225,3 @@ class Tuning:
     def _to(self, tensors: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         ids, labels, mask = tensors
         return ids.to(self.device), labels.to(self.device), mask.to(self.device)
-
-    def _half(self) -> torch.autocast:
-        half = self.dtype in (torch.bfloat16, torch.float16)
-        return torch.autocast(self.device.type, self.dtype if half else None, enabled=half)
