@@ -43,3 +43,16 @@ def wrong() -> None:
 def tell_and_wait(progress: Any) -> None:
     progress(os.getpid(), 0)
     time.sleep(600)
+
+
+def job(config: Any) -> None:
+    """Prunes, or goes on where the run folder is there already; one thread, no output."""
+    import torch
+    from rich.console import Console
+
+    from nuteprune.job import prune, resume
+    from nuteprune.progress import Reporter
+
+    torch.set_num_threads(1)
+    quiet = Reporter(Console(quiet=True))
+    resume(config.out, quiet) if os.path.isdir(config.out) else prune(config, quiet)

@@ -1,8 +1,17 @@
-"""Checkpoints: everything needed to go on, as safetensors and JSON, whole or absent."""
+"""Checkpoints: everything needed to go on, as safetensors and JSON, whole or absent, and proved unchanged before use.
+
+A checkpoint's manifest holds the SHA-256 of its own files and of the files of the run that it cannot do without, such as
+the training text and the records of teachers.
+"""
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
+from collections.abc import Callable, Iterable
+from functools import lru_cache
+from hashlib import file_digest
 from pathlib import Path
 from typing import Any
 
@@ -13,39 +22,122 @@ from torch import Tensor
 from nuteprune.errors import ConfigError
 from nuteprune.files import atomic_folder, save_json, save_tensors
 
-TENSORS, STATE = "tensors.safetensors", "state.json"
+TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 
 
-def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], keep: int) -> Path:
-    """Writes `folder`/step-NNNNNN and removes all but the newest `keep`; returns its path."""
+def save_checkpoint(
+    folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], keep: int, needs: Iterable[Path] = ()
+) -> Path:
+    """Writes a checkpoint and removes all but the newest ones.
+
+    Args:
+        folder: the run's folder of checkpoints.
+        step: steps done; the checkpoint is `folder`/step-NNNNNN.
+        tensors: what training goes on with.
+        state: numbers and names beside them.
+        keep: checkpoints to keep, this one included.
+        needs: files of the run (in the folder above) without which this checkpoint is worth nothing.
+
+    Returns:
+        The checkpoint's path.
+    """
     path = folder / f"step-{step:06d}"
     for leftover in folder.glob(".step-*"):  # of a process that was killed while writing
         shutil.rmtree(leftover)
     with atomic_folder(path) as temporary:
         save_tensors(temporary / TENSORS, tensors)
         save_json(temporary / STATE, state)
+        own = {name: _digest(temporary / name) for name in (TENSORS, STATE)}
+        save_json(temporary / MANIFEST, {"own": own, "run": {_below(p, folder): _digest(p) for p in needs}})
     for old in checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
     return path
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints, oldest first."""
-    return sorted(p for p in folder.glob("step-*") if (p / STATE).is_file() and (p / TENSORS).is_file())
+    """Checkpoints, oldest first."""
+    return sorted(p for p in folder.glob("step-*") if (p / MANIFEST).is_file())
 
 
-def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and state of the newest checkpoint.
+def load_checkpoint(folder: Path, warn: Callable[[str], None]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and state of the newest checkpoint that is undamaged; newer ones, which are damaged, are removed.
+
+    Args:
+        folder: the run's folder of checkpoints.
+        warn: told which checkpoints are damaged, and how.
 
     Raises:
         ConfigError: there is none.
     """
-    import json
-
     found = checkpoints(folder)
     if not found:
         raise ConfigError(f"run {folder.parent} has no checkpoint to go on from; start it again with nuteprune prune.")
-    return load_file(found[-1] / TENSORS), json.loads((found[-1] / STATE).read_text(encoding="utf-8"))
+    damaged: list[tuple[Path, str]] = []
+    for path in reversed(found):
+        if (why := damage(path)) is None:
+            break
+        damaged.append((path, why))
+    else:
+        told = "; ".join(f"{path.name}: {why}" for path, why in damaged)
+        raise ConfigError(f"run {folder.parent} has no undamaged checkpoint ({told}); start it again with nuteprune prune.")
+    tensors, state = load_file(path / TENSORS), json.loads((path / STATE).read_text(encoding="utf-8"))
+    for worse, why in damaged:
+        warn(f"checkpoint {worse} is damaged ({why}), so the run goes on from {path.name}, the one before it")
+        shutil.rmtree(worse)
+    return tensors, state
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint: the first file that is missing or differs from its checksum; None if all is well."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        own, run = manifest["own"], manifest["run"]
+        wanted = {path / name: own[name] for name in (TENSORS, STATE)}
+        wanted |= {path.parent.parent / name: digest for name, digest in run.items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return f"{MANIFEST} cannot be read"
+    return next((why for file, digest in wanted.items() if (why := _differs(file, digest, path.parent.parent))), None)
+
+
+def damaged_file(folder: Path, file: Path) -> str | None:
+    """What is wrong with a file of a run, by the manifest of the newest checkpoint that names it; None if nothing is known.
+
+    Args:
+        folder: the run's folder of checkpoints.
+        file: a file in a checkpoint, or another one of the run.
+    """
+    for path in reversed(checkpoints(folder)):
+        try:
+            manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+            digest = manifest["own"][file.name] if file.parent == path else manifest["run"].get(_below(file, folder))
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            continue
+        if digest is not None:
+            return _differs(file, digest, folder.parent)
+    return None
+
+
+def _differs(file: Path, digest: str, run: Path) -> str | None:
+    if not file.is_file():
+        return f"{os.path.relpath(file, run)} is missing"
+    return None if _digest(file) == digest else f"{os.path.relpath(file, run)} differs from its checksum"
+
+
+def _below(file: Path, folder: Path) -> str:
+    """How a manifest names a file of the run: relative to the run folder."""
+    return Path(os.path.relpath(file, folder.parent)).as_posix()
+
+
+def _digest(path: Path) -> str:
+    """SHA-256 of a file; one that did not change is read once."""
+    about = path.stat()
+    return _digest_of(path, about.st_size, about.st_mtime_ns, about.st_ino)
+
+
+@lru_cache(maxsize=4096)
+def _digest_of(path: Path, size: int, time: int, node: int) -> str:
+    with path.open("rb") as file:
+        return file_digest(file, "sha256").hexdigest()
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str) -> dict[str, Tensor]:

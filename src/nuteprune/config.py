@@ -298,6 +298,12 @@ class PruneConfig:
         "off: see benchmarks/README.md",
         "Machine",
     )
+    max_skipped: int = option(
+        3,
+        "Steps in a row that may be left out because loss or gradients are not finite; one more stops the run.",
+        "a rare overflow is no reason to stop, a row of them is",
+        "Machine",
+    )
     checkpoint_every: int = option(50, "Steps between two checkpoints.", "minutes of work at most", "Machine")
     keep_checkpoints: int = option(2, "Checkpoints to keep.", "the newest and one to fall back on", "Machine")
     track: tuple[str, ...] = option(
@@ -349,7 +355,8 @@ class PruneConfig:
             need(name, getattr(self, name) >= 1, "a whole number of at least 1")
         need("seq_len", self.seq_len >= 2, "a whole number of at least 2")
         need("seed", 0 <= self.seed < 2**63, "a whole number from 0")
-        need("teacher_lag", self.teacher_lag >= 0, "a whole number from 0")
+        for name in ("teacher_lag", "max_skipped"):
+            need(name, getattr(self, name) >= 0, "a whole number from 0")
         least, none = 2 * self.batch_size * self.seq_len, (0,) if self.one_shot else ()  # 0: cut, but do not train
         at_least = "0, or at least" if none else "at least"
         need("steps", self.steps is None or self.steps in none or self.steps >= 2, f"{at_least} 2")

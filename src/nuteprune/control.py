@@ -43,6 +43,9 @@ class Controller(Protocol):
     def step(self) -> None:
         """Updates the controller after the backward pass."""
 
+    def drop(self) -> None:
+        """Forgets the gradients of a step that is left out."""
+
     def metrics(self) -> dict[str, float]:
         """Its state for the log."""
 
@@ -79,6 +82,10 @@ class LagrangianControl:
     def step(self) -> None:
         """One ascent step on the multipliers."""
         self._optimizer.step()
+        self.drop()
+
+    def drop(self) -> None:
+        """Forgets the multipliers' gradients."""
         self._optimizer.zero_grad()
 
     def metrics(self) -> dict[str, float]:
@@ -140,6 +147,9 @@ class ProjectionControl:
 
     def step(self) -> None:
         """Nothing to update."""
+
+    def drop(self) -> None:
+        """Nothing to forget."""
 
     def metrics(self) -> dict[str, float]:
         """The last offset."""

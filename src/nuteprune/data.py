@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -235,10 +235,19 @@ class Blocks:
 
     @classmethod
     def open(cls, path: Path) -> Blocks:
-        """Blocks written by `build_blocks`."""
-        with safe_open(path, framework="pt") as file:
-            count, seq_len = file.get_slice("train").get_shape()
-            held_out = file.get_slice("held_out").get_shape()[0]
+        """Blocks written by `build_blocks`.
+
+        Raises:
+            DataError: the file is damaged.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                count, seq_len = file.get_slice("train").get_shape()
+                held_out = file.get_slice("held_out").get_shape()[0]
+        except (OSError, SafetensorError, ValueError) as error:
+            raise DataError(
+                f"{path} is damaged ({reason(error)}); the run cannot go on without it, so start it again."
+            ) from error
         return cls(path, count, held_out, seq_len)
 
     def read(self, indices: list[int], part: str = "train") -> Tensor:

@@ -29,6 +29,10 @@ class TrainingError(NutePruneError):
     """A run that cannot go on; the last good checkpoint is kept."""
 
 
+class DiskFullError(NutePruneError, OSError):
+    """No room for a file; what was there before is as it was."""
+
+
 class ExportError(NutePruneError):
     """A compact model that does not equal the masked one, or cannot be written."""
 

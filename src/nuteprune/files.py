@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import json
 import math
 import os
 import platform
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -14,10 +16,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nuteprune.errors import ConfigError
+from nuteprune.errors import ConfigError, DiskFullError
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space, no quota, or beyond the file system's largest file
+
+
+@contextmanager
+def room(path: Path) -> Iterator[None]:
+    """Says in one sentence that the disk is full while something is written to a path.
+
+    Raises:
+        DiskFullError: it is.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        told = re.search(r"\(os error (\d+)\)", str(error))  # how safetensors tells the number
+        number = int(told[1]) if isinstance(error, SafetensorError) and told else getattr(error, "errno", None)
+        if number not in FULL and not isinstance(error, DiskFullError):
+            raise
+        free = shutil.disk_usage(next(p for p in path.absolute().parents if p.exists())).free
+        raise DiskFullError(
+            f"there is no room for {path} on its disk ({free / 1e6:.1f} MB are free); what was there before is as it was. Free "
+            "some space and give the command again; a run that was begun goes on with nuteprune resume."
+        ) from error
 
 
 def _flush(path: Path) -> None:
@@ -52,43 +78,45 @@ def _runs(process: int) -> bool:
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """A temporary path that becomes `path` when the block ends without an error, and is removed otherwise."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary(path)
-    try:
-        yield temporary
-        _flush(temporary)
-        os.replace(temporary, path)
-        _flush(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with room(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = _temporary(path)
+        try:
+            yield temporary
+            _flush(temporary)
+            os.replace(temporary, path)
+            _flush(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """A temporary folder that becomes `path` (replacing an older one) when the block ends without an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary, old = _temporary(path), path.with_name(f".{path.name}.old")
-    if old.exists() and not path.exists():  # a kill came between the two renames below
-        os.replace(old, path)
-    for leftover in (temporary, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        yield temporary
-        for file in (*temporary.rglob("*"), temporary):
-            _flush(file)
+    with room(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary, old = _temporary(path), path.with_name(f".{path.name}.old")
+        if old.exists() and not path.exists():  # a kill came between the two renames below
+            os.replace(old, path)
+        for leftover in (temporary, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        temporary.mkdir()
         try:
-            if path.exists():
-                os.replace(path, old)
-            os.replace(temporary, path)
-        except BaseException:  # Ctrl-C between the two as well
-            if old.exists() and not path.exists():
-                os.replace(old, path)
-            raise
-        _flush(path.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            yield temporary
+            for file in (*temporary.rglob("*"), temporary):
+                _flush(file)
+            try:
+                if path.exists():
+                    os.replace(path, old)
+                os.replace(temporary, path)
+            except BaseException:  # Ctrl-C between the two as well
+                if old.exists() and not path.exists():
+                    os.replace(old, path)
+                raise
+            _flush(path.parent)
+            shutil.rmtree(old, ignore_errors=True)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def unwritable_parent(path: Path) -> Path | None:
@@ -119,14 +147,15 @@ def save_text(path: Path, text: str) -> None:
 
 def save_json(path: Path, value: Any) -> None:
     """Writes a JSON file as a whole; numbers that are not finite, which JSON has not, become null."""
-    save_text(path, json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    save_text(path, json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """A value for JSON: numbers that are not finite are None, at any depth."""
     if isinstance(value, dict):
-        return {key: _finite(v) for key, v in value.items()}
+        return {key: finite(v) for key, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
+        return [finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -12,6 +12,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from nuteprune.files import finite, room, save_text
+
 PLAIN_EVERY = 15.0  # seconds between lines when the output is not a terminal
 
 PHASES = {
@@ -135,13 +137,12 @@ class MetricsFile:
     def __init__(self, path: Path, steps: int) -> None:
         self._path = path
         kept = [line for line in read_metrics(path) if line["step"] < steps] if path.exists() else []
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        save_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def add(self, metrics: dict[str, Any]) -> None:
-        """Appends a step; values that are not numbers become null."""
-        clean = {k: None if isinstance(v, float) and v != v else v for k, v in metrics.items()}
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(clean) + "\n")
+        """Appends a step; values that are not finite become null."""
+        with room(self._path), self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(finite(metrics), allow_nan=False) + "\n")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

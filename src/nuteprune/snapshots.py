@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 
 from nuteprune.arch import Arch
-from nuteprune.checkpoint import STATE, TENSORS, checkpoints
+from nuteprune.checkpoint import STATE, TENSORS, checkpoints, damaged_file
 from nuteprune.config import PruneConfig
 from nuteprune.errors import ConfigError
 from nuteprune.export.adapter import adapter_stored, is_adapter, read_adapter
@@ -123,8 +123,8 @@ class Run:
         densest = f"give --sparsity up to {self.stored[-1].wanted:g} for one of its records"
         if (self.folder / RESULT).is_file():
             return (
-                f"run {self.folder} is complete, but its last checkpoint is gone, from which the pruned model is exported; "
-                f"{self.folder / MODEL} is that model as a folder. Or {densest}."
+                f"run {self.folder} is complete, but its last checkpoint is gone or damaged, from which the pruned model is "
+                f"exported; {self.folder / MODEL} is that model as a folder. Or {densest}."
             )
         return (
             f"run {self.folder} is not complete, so it has no pruned model yet; go on with nuteprune resume {self.folder}, or "
@@ -139,10 +139,15 @@ class Run:
             return read_adapter(self.folder)[0]
         if stored.record == FINAL:
             return _masks(self._last())
+        self._record(stored.record)
         return TeacherBank(self.folder / "teachers").masks(stored.record)
 
     def read(self, stored: Stored) -> Snapshot | None:
-        """Masks and LoRA weights of a stored model; None for the intact one, which has neither."""
+        """Masks and LoRA weights of a stored model; None for the intact one, which has neither.
+
+        Raises:
+            ConfigError: its file is damaged.
+        """
         if stored.record == INTACT:
             return None
         about = (stored.record, stored.sparsity, stored.step)
@@ -153,7 +158,14 @@ class Run:
             with safe_open(path, framework="pt") as file:
                 lora = {n.removeprefix("lora."): file.get_tensor(n) for n in file.keys() if n.startswith("lora.")}  # noqa: SIM118
             return Snapshot(*about, _masks(path), lora, read_repaired(self.folder))
-        return read_snapshot(TeacherBank(self.folder / "teachers").path(stored.record))
+        return read_snapshot(self._record(stored.record))
+
+    def _record(self, record: int) -> Path:
+        """The file of a record, proved undamaged."""
+        path = TeacherBank(self.folder / "teachers").path(record)
+        if (why := damaged_file(self.folder / "checkpoints", path)) is not None:
+            raise ConfigError(f"run {self.folder} is damaged: {why}; give another --sparsity, or start the run again.")
+        return path
 
     def _last(self) -> Path:
         path = _last(self.folder, self.config)
@@ -171,6 +183,8 @@ def _last(folder: Path, config: PruneConfig) -> Path | None:
     """The tensors of the checkpoint at the end of a complete run; None where there is none."""
     kept = checkpoints(folder / "checkpoints")
     if not kept or not (folder / RESULT).is_file():
+        return None
+    if any(damaged_file(folder / "checkpoints", kept[-1] / name) for name in (TENSORS, STATE)):
         return None
     step = json.loads((kept[-1] / STATE).read_text(encoding="utf-8"))["step"]
     return kept[-1] / TENSORS if step == config.total_steps else None

@@ -64,6 +64,8 @@ class TrainState:
         reached: first step at the target sparsity, or None.
         walk_from: records in the bank when the target was reached.
         tokens: tokens trained on.
+        skipped: steps left out because loss or gradients were not finite.
+        skipped_in_a_row: how many of them came right before the next step.
         seconds: time spent in steps, without what happens between them (importance, freezing, repair).
     """
 
@@ -72,6 +74,8 @@ class TrainState:
     reached: int | None = None
     walk_from: int = 0
     tokens: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
     seconds: float = 0.0
 
 
@@ -172,7 +176,7 @@ class Trainer:
             Whether the run is complete.
 
         Raises:
-            TrainingError: the loss is no longer finite; the last good checkpoint is kept.
+            TrainingError: loss, gradients or weights are no longer finite; the last good checkpoint is kept.
         """
         while self.state.step < self.total:
             if stop():
@@ -188,7 +192,7 @@ class Trainer:
         return True
 
     def step(self) -> Metrics:
-        """One step; returns its metrics."""
+        """One step; returns its metrics. One that is left out counts in the schedule, so that student and teacher keep pace."""
         step, config = self.state.step, self.config
         if step >= self.freeze_step and self.masks is None:
             self.freeze()
@@ -242,6 +246,7 @@ class Trainer:
             "records": len(self.bank),
             "lr": self.lora_optimizer.param_groups[0]["lr"],
             "gradient_norm": gradient_norm,
+            "skipped": self.state.skipped,
             "tokens": self.state.tokens,
             "tokens_per_s": tokens / seconds,
             "seconds": self.state.seconds,
@@ -284,13 +289,13 @@ class Trainer:
         return masks, expected
 
     def update(self, loss: Tensor, step: int) -> float:
-        """Backward pass and optimisers; returns the norm of the LoRA gradient before clipping.
+        """Backward pass and optimisers; returns the norm of the LoRA gradient before clipping, nan if the step is left out.
 
         Raises:
-            TrainingError: loss or gradient is not finite; no weight has been changed.
+            TrainingError: loss or gradients were not finite too often in a row; no weight has been changed.
         """
         if not math.isfinite(float(loss.detach())):
-            raise self.not_finite("loss", step)
+            return self.skip("loss", step)
         with self.part("backward"):
             loss.backward()
         with self.part("optimisers"):
@@ -298,7 +303,8 @@ class Trainer:
             norm = float(torch.nn.utils.clip_grad_norm_(self.masked.lora.values(), limit))
             gates = [p.grad for p in self.gates.parameters() if p.grad is not None]
             if not (math.isfinite(norm) and math.isfinite(float(torch.nn.utils.get_total_norm(gates)))):
-                raise self.not_finite("gradient", step)
+                return self.skip("gradient", step)
+            self.state.skipped_in_a_row = 0
             for group in self.lora_optimizer.param_groups:
                 group["lr"] = self.config.lr * lr_factor(self.config.lr_schedule, step, self.total) * group["ratio"]
             self.lora_optimizer.step()
@@ -311,10 +317,26 @@ class Trainer:
                 self.control.step()
         return norm
 
-    def not_finite(self, what: str, step: int) -> TrainingError:
+    def skip(self, what: str, step: int) -> float:
+        """Leaves out the update of a step whose loss or gradient is not finite; returns nan, its gradient's norm.
+
+        Raises:
+            TrainingError: it is one too many in a row.
+        """
+        self.state.skipped += 1
+        self.state.skipped_in_a_row += 1
+        if (row := self.state.skipped_in_a_row) > self.config.max_skipped:
+            raise self.not_finite(f"{what} of step {step}", "" if row == 1 else f" ({row} steps in a row)")
+        self.warn(f"step {step} is left out, because its {what} is not a finite number")
+        self.lora_optimizer.zero_grad()
+        self.gate_optimizer.zero_grad()
+        self.control.drop()
+        return math.nan
+
+    def not_finite(self, what: str, row: str = "") -> TrainingError:
         """The error of a run that cannot go on."""
         return TrainingError(
-            f"the {what} of step {step} is not a finite number; the last good checkpoint is kept in "
+            f"the {what} is not a finite number{row}; the last good checkpoint is kept in "
             f"{self.folder / 'checkpoints'}. Try a lower --lr (now {self.config.lr:g}) or --gate-lr (now "
             f"{self.config.gate_lr:g}), or --dtype float32, in a new run."
         )
@@ -413,7 +435,13 @@ class Trainer:
     # -- state --------------------------------------------------------------------------------------------------------
 
     def save(self) -> Path:
-        """Writes a checkpoint of everything; LoRA weights in their whole shape, zero where the masks took a unit away."""
+        """Writes a checkpoint of everything; LoRA weights in their whole shape, zero where the masks took a unit away.
+
+        Raises:
+            TrainingError: a weight is not finite; nothing is written.
+        """
+        if not all(bool(p.isfinite().all()) for p in (*self.masked.lora.values(), *self.gates.parameters())):
+            raise self.not_finite(f"value of a weight after step {self.state.step - 1}")
         widths = self.masked.widths
         tensors = {f"lora.{name}": self.masked.spread_lora(name, p.data, widths) for name, p in self.masked.lora.items()}
         for key, value in optimizer_tensors(self.lora_optimizer, "lora_optimizer").items():
@@ -426,12 +454,20 @@ class Trainer:
         if self.masks is not None:
             tensors |= {f"masks.{k}": t for k, t in self.masks.tensors().items()}
         state = dataclasses.asdict(self.state)
-        return save_checkpoint(self.folder / "checkpoints", self.state.step, tensors, state, self.config.keep_checkpoints)
+        needs = [self.blocks.path, *(self.bank.path(record) for record in range(1, len(self.bank) + 1))]
+        if self.masks is not None and self.config.repair:
+            needs.append(self.folder / REPAIRED)
+        checkpoints = self.folder / "checkpoints"
+        return save_checkpoint(checkpoints, self.state.step, tensors, state, self.config.keep_checkpoints, needs)
 
     @torch.no_grad()
     def load(self) -> None:
-        """Goes back to the newest checkpoint of the run folder."""
-        tensors, state = load_checkpoint(self.folder / "checkpoints")
+        """Goes back to the newest undamaged checkpoint of the run folder.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        tensors, state = load_checkpoint(self.folder / "checkpoints", self.warn)
         self.state = TrainState(**state)
         self.masked.load_lora(within(tensors, "lora"))
         for kind, value in within(tensors, "gates").items():

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from nuteprune.data import read_records
 from nuteprune.errors import ConfigError, DataError
 
+EXAMPLES = "data/examples.safetensors"  # in the folder of a fine-tuning
 NAMED = {"alpaca": "yahma/alpaca-cleaned"}  # on the hub; the cleaned Alpaca that LLM-Pruner and NutePrune tune on
 IGNORED = -100  # label of a token that is not learned
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}

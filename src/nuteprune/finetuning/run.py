@@ -22,7 +22,7 @@ from nuteprune.environment import environment
 from nuteprune.errors import ConfigError, ExportError
 from nuteprune.evaluation.record import run_folder
 from nuteprune.files import atomic_folder, save_json, save_tensors, save_text
-from nuteprune.finetuning.instructions import NAMED, Examples, pick_template, read_examples
+from nuteprune.finetuning.instructions import EXAMPLES, NAMED, Examples, pick_template, read_examples
 from nuteprune.finetuning.merge import precisions, weight_files, write_like
 from nuteprune.finetuning.options import FinetuneOptions
 from nuteprune.finetuning.tuning import Tuning
@@ -30,7 +30,7 @@ from nuteprune.job import TUNING, check_folder
 from nuteprune.models import Source, pick_device, pick_dtype
 from nuteprune.progress import Reporter, duration
 
-EXAMPLES, ENVIRONMENT, RESULT, MODEL = "data/examples.safetensors", "env.json", "result.json", "model"
+ENVIRONMENT, RESULT, MODEL = "env.json", "result.json", "model"
 HELD_OUT = 64  # most examples kept apart, for the loss before and after; a twentieth of them if that is less
 # Largest difference in logits of the merged and the unmerged model, relative to the largest logit.
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # by the coarser of computation and file
@@ -185,7 +185,7 @@ class _Job:
         files = tuning.files
         try:
             if checkpoints(self.folder / "checkpoints"):
-                tuning.load()
+                tuning.load(reporter.warn)
                 reporter.say(f"going on from step {tuning.step} of {tuning.total}")
             else:
                 with reporter.counter("loss of held-out answers") as progress:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from nuteprune.checkpoint import load_checkpoint, load_optimizer, optimizer_tensors, save_checkpoint, within
 from nuteprune.errors import ConfigError, TrainingError
-from nuteprune.finetuning.instructions import IGNORED, Examples
+from nuteprune.finetuning.instructions import EXAMPLES, IGNORED, Examples
 from nuteprune.finetuning.loss import Answers, answer_loss, answer_tokens
 from nuteprune.finetuning.options import FinetuneOptions
 from nuteprune.job import interruptible
@@ -210,12 +210,16 @@ class Tuning:
         tensors = {f"lora.{name}": p.data for name, p in self.lora.items()}
         tensors |= optimizer_tensors(self.optimizer, "optimizer")
         state = {"step": self.step, "tokens": self.tokens, "seconds": self.seconds, "before": self.before}
-        save_checkpoint(self.folder / "checkpoints", self.step, tensors, state, keep=2)
+        save_checkpoint(self.folder / "checkpoints", self.step, tensors, state, keep=2, needs=[self.folder / EXAMPLES])
 
     @torch.no_grad()
-    def load(self) -> None:
-        """Goes back to the newest checkpoint."""
-        tensors, state = load_checkpoint(self.folder / "checkpoints")
+    def load(self, warn: Callable[[str], None]) -> None:
+        """Goes back to the newest undamaged checkpoint.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        tensors, state = load_checkpoint(self.folder / "checkpoints", warn)
         for name, value in within(tensors, "lora").items():
             self.lora[name].copy_(value)
         load_optimizer(self.optimizer, tensors, "optimizer")

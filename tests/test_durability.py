@@ -1,0 +1,358 @@
+"""Nothing is lost: kills at any moment, damaged files, a full disk, losses that are no numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import math
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import others
+import pytest
+from rich.console import Console
+from safetensors.torch import load_file
+
+import nuteprune.trainer
+from nuteprune import checkpoint
+from nuteprune.checkpoint import checkpoints, damage
+from nuteprune.config import PruneConfig
+from nuteprune.errors import ConfigError, DataError, DiskFullError, NutePruneError, TrainingError
+from nuteprune.files import atomic_folder, room
+from nuteprune.job import prune, resume
+from nuteprune.progress import Reporter, read_metrics
+from nuteprune.report.page import write_report
+from nuteprune.trainer import Trainer
+
+TIMING = ("seconds", "tokens_per_s")
+
+
+class Quiet(Reporter):
+    """Prints nothing, keeps what was said, and calls a function after each step."""
+
+    def __init__(self, after: Any = lambda step: None) -> None:
+        super().__init__(Console(quiet=True))
+        self.said: list[str] = []
+        self._after = after
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+    def step(self, metrics: dict[str, Any], total: int) -> None:
+        self._after(metrics["step"])
+
+
+class Stopped(Exception):
+    """The test ends a run."""
+
+
+def _stop_after(step: int) -> Quiet:
+    def after(done: int) -> None:
+        if done == step:
+            raise Stopped
+
+    return Quiet(after)
+
+
+@pytest.fixture(scope="module")
+def durable(model_folder: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> PruneConfig:
+    """A short run that writes a checkpoint at every other step, straight to its end."""
+    config = PruneConfig.create(
+        model=str(model_folder), data=(str(text_file),), out=str(tmp_path_factory.mktemp("straight") / "run"), sparsity=0.2,
+        steps=16, batch_size=2, seq_len=16, round_intermediate=1, lora_rank=2, teacher_lag=5, gate_init_batches=2, device="cpu",
+        checkpoint_every=2,
+    )  # fmt: skip
+    assert prune(config, Quiet()).complete
+    return config
+
+
+def _same(one: Path, two: Path) -> None:
+    """The same weights to the last bit, and the same course."""
+    assert (one / "model/model.safetensors").read_bytes() == (two / "model/model.safetensors").read_bytes()
+    courses = [
+        [{k: v for k, v in m.items() if k not in TIMING} for m in read_metrics(run / "metrics.jsonl")] for run in (one, two)
+    ]
+    assert courses[0] == courses[1]
+
+
+def _kill_loop(config: PruneConfig, folder: Path, kills: int, seed: int) -> Counter[str]:
+    """Runs and resumes in processes that are killed at random moments; every run that ends is compared with the straight one.
+
+    Returns:
+        How many kills came before there was a folder, before the first checkpoint, in training, and after it.
+    """
+    context = multiprocessing.get_context("forkserver")  # children need no imports of their own
+    context.set_forkserver_preload(["torch", "nuteprune.job"])
+    rng, survived, ended, longest = random.Random(seed), Counter[str](), 0, 1.0
+    while survived.total() < kills or not ended:
+        mine = config.replace(out=str(folder / f"run-{ended}"))
+        run = Path(mine.out)
+        process = context.Process(target=others.job, args=(mine,))
+        began = time.monotonic()
+        process.start()
+        process.join(rng.uniform(0.0, longest) if survived.total() < kills else None)
+        if process.is_alive():
+            process.kill()
+            process.join()
+            kept = checkpoints(run / "checkpoints")
+            steps = int(kept[-1].name.removeprefix("step-")) if kept else -1
+            where = "training" if 0 <= steps < config.total_steps else "after it" if kept else "before it"
+            survived[where if run.is_dir() else "no folder yet"] += 1
+        else:
+            longest = max(longest, time.monotonic() - began)
+        if process.exitcode == 0:
+            _same(Path(config.out), run)
+            assert not [p for p in run.rglob("*") if ".tmp" in p.name], "leftovers are removed by who comes next"
+            ended += 1
+        else:
+            assert process.exitcode == -9
+    return survived
+
+
+def test_kills_at_random_moments_lose_nothing(durable: PruneConfig, tmp_path: Path) -> None:
+    survived = _kill_loop(durable, tmp_path, 20, seed=1)
+    assert survived.total() >= 20
+    assert survived["training"] >= 3, survived
+
+
+@pytest.mark.slow
+def test_many_kills_lose_nothing(durable: PruneConfig, tmp_path: Path) -> None:
+    survived = _kill_loop(durable.replace(checkpoint_every=1), tmp_path, 200, seed=2)
+    print("kills survived:", dict(survived))
+    assert survived.total() >= 200
+    assert len(survived) == 4, "kills came at every part of a run"
+
+
+def _flip(path: Path, seed: int = 0) -> None:
+    """One bit of a file, anywhere."""
+    content = bytearray(path.read_bytes())
+    place = random.Random(seed).randrange(len(content))
+    content[place] ^= 1 << (seed % 8)
+    path.write_bytes(content)
+
+
+def _cut(path: Path, seed: int = 0) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: random.Random(seed).randrange(len(content))])
+
+
+@pytest.fixture
+def stopped(durable: PruneConfig, tmp_path: Path) -> Path:
+    """The same run, ended after step 9: checkpoints of steps 6 and 8 are there."""
+    config = durable.replace(out=str(tmp_path / "run"))
+    with pytest.raises(Stopped):
+        prune(config, _stop_after(8))
+    run = Path(config.out)
+    assert [p.name for p in checkpoints(run / "checkpoints")] == ["step-000006", "step-000008"]
+    return run
+
+
+def test_damage_anywhere_in_the_newest_checkpoint_is_named_and_the_one_before_goes_on(
+    durable: PruneConfig, stopped: Path, tmp_path: Path
+) -> None:
+    """Each file cut and flipped at random places: found every time; then one of them is gone on with."""
+    newest = stopped / "checkpoints/step-000008"
+    records = json.loads((newest / "manifest.json").read_text())["run"]
+    last_record = stopped / max(name for name in records if "record" in name)
+    assert last_record.name not in str(json.loads((stopped / "checkpoints/step-000006/manifest.json").read_text()))
+    for file in (newest / "tensors.safetensors", newest / "state.json", newest / "manifest.json", last_record):
+        whole = file.read_bytes()
+        for seed in range(12):
+            for harm in (_flip, _cut):
+                harm(file, seed)
+                found = damage(newest)
+                same = file.name == "manifest.json" and _parsed(file.read_bytes()) == _parsed(whole)  # a blank became another
+                assert found is not None or same, (file, seed)
+                assert found is None or file.name in found or file.name == "manifest.json", "a checksum may have changed"
+                file.write_bytes(whole)
+        file.unlink()
+        found = damage(newest)
+        assert found is not None
+        file.write_bytes(whole)
+    assert damage(newest) is None
+
+    for number, file in enumerate((newest / "tensors.safetensors", newest / "manifest.json", last_record)):
+        run = tmp_path / f"again-{number}"
+        shutil.copytree(stopped, run)
+        _flip(run / file.relative_to(stopped), number)
+        reporter = Quiet()
+        assert resume(run, reporter).complete
+        told = [line for line in reporter.said if "damaged" in line]
+        assert len(told) == 1
+        assert "step-000008" in told[0]
+        assert "goes on from step-000006" in told[0]
+        _same(Path(durable.out), run)
+
+
+def _parsed(content: bytes) -> Any:
+    try:
+        return json.loads(content)
+    except ValueError:
+        return None
+
+
+def test_what_no_checkpoint_can_do_without_is_named(stopped: Path) -> None:
+    blocks = stopped / "data/blocks.safetensors"
+    whole = blocks.read_bytes()
+    _flip(blocks, 3)
+    blocks.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(ConfigError, match=r"no undamaged checkpoint \(step-000008: data/blocks.safetensors differs from"):
+        resume(stopped, Quiet())
+    blocks.write_bytes(whole[:50])
+    with pytest.raises(DataError, match=r"blocks.safetensors is damaged"):
+        resume(stopped, Quiet())
+    blocks.write_bytes(whole)
+    for path in checkpoints(stopped / "checkpoints"):
+        _cut(path / "state.json", 1)
+    with pytest.raises(ConfigError, match=r"step-000008: .*state.json differs.*; step-000006: .*start it again"):
+        resume(stopped, Quiet())
+
+
+def test_damaged_weights_are_not_exported(durable: PruneConfig, tmp_path: Path) -> None:
+    from nuteprune import ExportOptions, export_run
+
+    run = tmp_path / "run"
+    shutil.copytree(durable.out, run)
+    _flip(run / "teachers/record-010.safetensors", 5)
+    with pytest.raises(ConfigError, match=r"is damaged: teachers/record-010.safetensors differs from its checksum"):
+        export_run(run, ExportOptions(sparsity=(0.1,), device="cpu", out=tmp_path / "x"))
+    _flip(checkpoints(run / "checkpoints")[-1] / "tensors.safetensors", 5)
+    with pytest.raises(ConfigError, match=r"its last checkpoint is gone or damaged"):
+        export_run(run, ExportOptions(device="cpu", out=tmp_path / "x"))
+
+
+def test_a_full_disk_is_one_sentence_and_the_last_checkpoint_stands(durable: PruneConfig, tmp_path: Path) -> None:
+    """The largest file that may be written shrinks in mid-run; the system's answer differs from a full disk's in its number."""
+    config, before = durable.replace(out=str(tmp_path / "run")), resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def after(step: int) -> None:
+        if step == 8:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, before[1]))
+
+    run = Path(config.out)
+    try:
+        with pytest.raises(DiskFullError, match=r"there is no room for .*run/.*nuteprune resume"):
+            prune(config, Quiet(after))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    kept = checkpoints(run / "checkpoints")
+    assert [p.name for p in kept] == ["step-000006", "step-000008"]
+    assert [damage(p) for p in kept] == [None, None]
+    assert not [p for p in run.rglob("*") if ".tmp" in p.name]
+    assert resume(run, Quiet()).complete
+    _same(Path(durable.out), run)
+
+
+@pytest.mark.slow
+def test_a_full_file_system(durable: PruneConfig, tmp_path: Path) -> None:
+    """A real one, of half a megabyte, where the system lets us mount it; then it grows and the run goes on."""
+    options = tmp_path / "run.yaml"
+    options.write_text(durable.replace(out="small/run", keep_checkpoints=1).to_yaml(), encoding="utf-8")
+    python = f"{sys.executable} -m nuteprune"
+    script = f"""
+        mkdir small && mount -t tmpfs -o size=600k tmpfs small || exit 77
+        {python} prune --config run.yaml --quiet; echo "first $?"
+        ls small/run/checkpoints
+        mount -o remount,size=50m small
+        {python} resume small/run --quiet; echo "second $?"
+        cp small/run/model/model.safetensors .
+    """
+    found = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", script], cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, "COLUMNS": "200"},
+    )  # fmt: skip
+    if found.returncode == 77 or "unshare:" in found.stderr:
+        pytest.skip("mounting is not allowed here")
+    assert "first 2" in found.stdout, found.stderr
+    assert "second 0" in found.stdout, found.stderr
+    assert "there is no room for small/run" in found.stderr
+    assert "Traceback" not in found.stderr
+    assert (tmp_path / "model.safetensors").read_bytes() == (Path(durable.out) / "model/model.safetensors").read_bytes()
+
+
+def test_other_errors_of_the_system_are_not_called_a_full_disk(tmp_path: Path) -> None:
+    with pytest.raises(PermissionError), room(tmp_path / "a"):
+        raise PermissionError(errno.EACCES, "no")
+    with pytest.raises(DiskFullError, match=r"no room for .*/a on"), atomic_folder(tmp_path / "a"):
+        raise OSError(errno.ENOSPC, "full")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def overflow(monkeypatch: pytest.MonkeyPatch) -> set[int]:
+    """Steps whose loss is made infinite."""
+    steps: set[int] = set()
+    calls = iter(range(10**6))
+    real = nuteprune.trainer.head_loss
+
+    def head_loss(*args: Any, **kwargs: Any) -> Any:
+        found = real(*args, **kwargs)
+        return dataclasses.replace(found, total=found.total * math.inf) if next(calls) in steps else found
+
+    monkeypatch.setattr(nuteprune.trainer, "head_loss", head_loss)
+    return steps
+
+
+@pytest.mark.parametrize("control", ["projection", "lagrangian"])
+def test_a_step_that_overflows_is_left_out_and_the_schedule_keeps_pace(
+    durable: PruneConfig, tmp_path: Path, overflow: set[int], control: str
+) -> None:
+    overflow |= {2, 3, 9}
+    gates = "hard-concrete" if control == "lagrangian" else "deterministic"
+    result = prune(durable.replace(out=str(tmp_path / "run"), control=control, gates=gates), reporter := Quiet())
+    metrics = read_metrics(result.run / "metrics.jsonl")
+    assert [m["skipped"] for m in metrics] == [0, 0, 1, 2, *[2] * 5, *[3] * 7]
+    assert [m["step"] for m in metrics if m["loss"] is None] == [2, 3, 9]
+    assert sum("is left out, because its loss is not a finite number" in line for line in reporter.said) == 3
+    straight = read_metrics(Path(durable.out) / "metrics.jsonl")
+    assert [m["target_sparsity"] for m in metrics] == [m["target_sparsity"] for m in straight]
+    if control == "projection":  # nothing moved in a step that is left out
+        assert [m["teacher"] for m in metrics] == [m["teacher"] for m in straight]
+        assert metrics[1]["loss"] == straight[1]["loss"]
+    assert result.figures is not None
+    assert result.figures.block_sparsity >= 0.2
+    assert write_report(result.run).is_file()
+
+
+def test_too_many_in_a_row_stop_the_run_with_advice(durable: PruneConfig, tmp_path: Path, overflow: set[int]) -> None:
+    overflow |= {1, 2, 3, 5, 6, 7, 8}
+    with pytest.raises(
+        TrainingError, match=r"loss of step 8 is not a finite number \(4 steps in a row\).*lower --lr"
+    ) as raised:
+        prune(durable.replace(out=str(tmp_path / "run")), Quiet())
+    assert isinstance(raised.value, NutePruneError)
+    kept = checkpoints(tmp_path / "run/checkpoints")
+    assert all(t.isfinite().all() for path in kept for t in load_file(path / "tensors.safetensors").values())
+
+
+def test_broken_weights_are_never_saved(durable: PruneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    update = Trainer.update
+
+    def breaks(trainer: Trainer, loss: Any, step: int) -> float:
+        norm = update(trainer, loss, step)
+        if step == 7:
+            next(iter(trainer.masked.lora.values())).data.view(-1)[3] = math.inf
+        return norm
+
+    monkeypatch.setattr(Trainer, "update", breaks)
+    with pytest.raises(TrainingError, match=r"the value of a weight after step 7 is not a finite number.*last good checkpoint"):
+        prune(durable.replace(out=str(tmp_path / "run")), Quiet())
+    assert [p.name for p in checkpoints(tmp_path / "run/checkpoints")] == ["step-000004", "step-000006"]
+
+
+def test_a_checkpoint_names_what_it_needs(durable: PruneConfig) -> None:
+    run = Path(durable.out)
+    for path in checkpoints(run / "checkpoints"):
+        manifest = json.loads((path / checkpoint.MANIFEST).read_text())
+        assert set(manifest["own"]) == {"tensors.safetensors", "state.json"}
+        assert {"data/blocks.safetensors", "teachers/record-001.safetensors"} <= set(manifest["run"])
