@@ -56,3 +56,29 @@ def job(config: Any) -> None:
     torch.set_num_threads(1)
     quiet = Reporter(Console(quiet=True))
     resume(config.out, quiet) if os.path.isdir(config.out) else prune(config, quiet)
+
+
+def shared_job(config: Any, rank: int, count: int, port: int, interrupt_after: int | None, overflow_at: int | None) -> None:
+    """One of the processes of a job, as a launcher starts them. The last one hears Ctrl-C, or has a loss that overflows."""
+    import dataclasses
+
+    import nuteprune.trainer
+
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    last, steps, real = rank == count - 1, iter(range(10**6)), nuteprune.trainer.head_loss
+
+    def head_loss(*args: Any, **kwargs: Any) -> Any:
+        found, step = real(*args, **kwargs), next(steps)
+        if last and step == interrupt_after:
+            os.kill(os.getpid(), signal.SIGINT)
+        return dataclasses.replace(found, total=found.total * float("inf")) if last and step == overflow_at else found
+
+    nuteprune.trainer.head_loss = head_loss
+    try:
+        job(config)
+    except ConfigError as error:
+        print(error)
+        raise SystemExit(2) from None

@@ -338,8 +338,8 @@ def test_too_many_in_a_row_stop_the_run_with_advice(durable: PruneConfig, tmp_pa
 def test_broken_weights_are_never_saved(durable: PruneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     update = Trainer.update
 
-    def breaks(trainer: Trainer, loss: Any, step: int) -> float:
-        norm = update(trainer, loss, step)
+    def breaks(trainer: Trainer, loss: Any, average: float, step: int) -> float:
+        norm = update(trainer, loss, average, step)
         if step == 7:
             next(iter(trainer.masked.lora.values())).data.view(-1)[3] = math.inf
         return norm

@@ -59,12 +59,15 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("step-*") if (p / MANIFEST).is_file())
 
 
-def load_checkpoint(folder: Path, warn: Callable[[str], None]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and state of the newest checkpoint that is undamaged; newer ones, which are damaged, are removed.
+def load_checkpoint(folder: Path, warn: Callable[[str], None]) -> tuple[dict[str, Tensor], dict[str, Any], list[Path]]:
+    """The newest checkpoint that is undamaged.
 
     Args:
         folder: the run's folder of checkpoints.
         warn: told which checkpoints are damaged, and how.
+
+    Returns:
+        Its tensors, its state, and newer checkpoints, which are damaged and can go.
 
     Raises:
         ConfigError: there is none.
@@ -83,8 +86,7 @@ def load_checkpoint(folder: Path, warn: Callable[[str], None]) -> tuple[dict[str
     tensors, state = load_file(path / TENSORS), json.loads((path / STATE).read_text(encoding="utf-8"))
     for worse, why in damaged:
         warn(f"checkpoint {worse} is damaged ({why}), so the run goes on from {path.name}, the one before it")
-        shutil.rmtree(worse)
-    return tensors, state
+    return tensors, state, [worse for worse, _ in damaged]
 
 
 def damage(path: Path) -> str | None:

@@ -473,7 +473,8 @@ def _finish(result: Any) -> None:
     """Prints what a job left; exit code 130 if it was stopped."""
     if not result.complete:
         raise typer.Exit(130)
-    f = result.figures
+    if (f := result.figures) is None:  # the main process prints them
+        return
     print(f"model: {result.model}")
     print(f"blocks: {f.blocks_before:,} -> {f.blocks_after:,} parameters (-{100 * f.block_sparsity:.2f} %)")
     removed = f"-{100 * f.total_sparsity:.2f} %"
@@ -494,10 +495,26 @@ def main() -> None:
     for name in ("torchao", "torch.utils._pytree"):  # peft imports torchao where it is; it tells of GPU files that it lacks
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
+        _check_launcher(sys.argv[1:])
         app()
     except NutePruneError as error:
-        print(f"nuteprune: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # of processes that share a run, one speaks
+            print(f"nuteprune: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def _check_launcher(arguments: list[str]) -> None:
+    """Refuses to do several times at once what one process does.
+
+    Raises:
+        ConfigError: a launcher started several of a command that is for one.
+    """
+    count, command = os.environ.get("WORLD_SIZE", "1"), next(iter(arguments), "")
+    if "RANK" in os.environ and count != "1" and command not in ("prune", "resume"):
+        raise ConfigError(
+            f"{command or 'nuteprune'} works in one process, got {count} of a launcher; only prune and resume share their "
+            "work. Start it without the launcher."
+        )
 
 
 if __name__ == "__main__":

@@ -43,6 +43,9 @@ class Controller(Protocol):
     def step(self) -> None:
         """Updates the controller after the backward pass."""
 
+    def parameters(self) -> list[Tensor]:
+        """What it trains."""
+
     def drop(self) -> None:
         """Forgets the gradients of a step that is left out."""
 
@@ -83,6 +86,10 @@ class LagrangianControl:
         """One ascent step on the multipliers."""
         self._optimizer.step()
         self.drop()
+
+    def parameters(self) -> list[Tensor]:
+        """The multipliers."""
+        return [self.multipliers]
 
     def drop(self) -> None:
         """Forgets the multipliers' gradients."""
@@ -147,6 +154,10 @@ class ProjectionControl:
 
     def step(self) -> None:
         """Nothing to update."""
+
+    def parameters(self) -> list[Tensor]:
+        """None."""
+        return []
 
     def drop(self) -> None:
         """Nothing to forget."""

@@ -1,5 +1,7 @@
 """A whole pruning job: check, prepare the run folder, train, discretise, compact, check equality, write, evaluate.
 
+Several processes can share a job (`processes`): all train, the main one does the rest.
+
 The run folder holds config.yaml, env.json, data/, metrics.jsonl, checkpoints/, teachers/, masks.safetensors, model/,
 result.json, and repaired.safetensors where weights were repaired.
 """
@@ -16,6 +18,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from rich.console import Console
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from nuteprune.arch import Arch
@@ -32,12 +35,14 @@ from nuteprune.files import atomic_folder, save_json, save_tensors, save_text, u
 from nuteprune.masking import LoraOptions
 from nuteprune.models import DTYPES, Source, describe, pick_device, pick_dtype
 from nuteprune.option_values import flag
+from nuteprune.plan import make_discretiser, settled
+from nuteprune.processes import Processes
 from nuteprune.progress import MetricsFile, Reporter
 from nuteprune.report.card import model_card
 from nuteprune.report.facts import CONFIG, ENVIRONMENT, MASKS, METRICS, MODEL, RESULT, Figures, RunFacts, origin
 from nuteprune.sample import model_sampler
 from nuteprune.tracking import Trackers, check_trackers
-from nuteprune.trainer import Trainer, make_discretiser, settled
+from nuteprune.trainer import Trainer
 
 BLOCKS = "data/blocks.safetensors"
 TUNING = "finetune.yaml"  # in the folder of a fine-tuning
@@ -54,7 +59,7 @@ class PruneResult:
     Attributes:
         run: the run folder.
         complete: False if the run was stopped and can be resumed.
-        figures: what was measured; None while not complete.
+        figures: what was measured; None while not complete, and in processes that are not the main one.
     """
 
     run: Path
@@ -81,16 +86,23 @@ def prune(config: PruneConfig, reporter: Reporter | None = None) -> PruneResult:
         ConfigError, DataError, ArchitectureError: bad input, found before any model work; nothing is written.
         TrainingError: the loss is not finite; the last good checkpoint is kept.
         ExportError: the compact model does not equal the masked one.
+        DiskFullError: no room; what was written before is whole.
     """
-    reporter = reporter or Reporter()
     run = Path(config.out)
-    check_folder(run)
-    job = _Job.check(config)
-    with _memory_errors(config):
-        with atomic_folder(run) as temporary:
-            model = job.prepare(temporary, reporter) or job.load(reporter)
-            check_folder(run)  # another run may have taken the place meanwhile
-        return job.train_and_finish(run, model, reporter)
+    with Processes.joined(config.device) as processes:
+        reporter = _voice(reporter, processes)
+        processes.on_main(lambda: check_folder(run))
+        job = _Job.check(config, processes)
+
+        def begin() -> PreTrainedModel:
+            with atomic_folder(run) as temporary:
+                model = job.prepare(temporary, reporter) or job.load(reporter)
+                check_folder(run)  # another run may have taken the place meanwhile
+            return model
+
+        with _memory_errors(config):
+            model = processes.on_main(begin) or job.load(reporter)
+            return job.train_and_finish(run, model, reporter)
 
 
 def resume(run: str | Path, reporter: Reporter | None = None) -> PruneResult:
@@ -103,15 +115,21 @@ def resume(run: str | Path, reporter: Reporter | None = None) -> PruneResult:
     Raises:
         ConfigError: the folder is not a run, or it is complete.
     """
-    reporter = reporter or Reporter()
     run = Path(run)
     if not (run / CONFIG).is_file() or not (run / BLOCKS).is_file():
         raise ConfigError(f"run {run} has no {CONFIG} or {BLOCKS}; give the folder that nuteprune prune --out wrote.")
     if (run / RESULT).is_file() and (run / MODEL).is_dir():
         raise ConfigError(f"run {run} is complete; its model is in {run / MODEL}.")
-    job = _Job.check(PruneConfig.of_run(run / CONFIG), data=False)
-    with _memory_errors(job.config):
+    config = PruneConfig.of_run(run / CONFIG)
+    with Processes.joined(config.device) as processes, _memory_errors(config):
+        reporter = _voice(reporter, processes)
+        job = _Job.check(config, processes, data=False)
         return job.train_and_finish(run, job.load(reporter), reporter)
+
+
+def _voice(reporter: Reporter | None, processes: Processes) -> Reporter:
+    """The reporter of this process: only the main one speaks."""
+    return reporter or Reporter() if processes.main else Reporter(Console(quiet=True))
 
 
 def check_folder(run: Path) -> None:
@@ -205,6 +223,8 @@ def _memory_errors(config: PruneConfig) -> Iterator[None]:
 def interruptible(reporter: Reporter) -> Iterator[Callable[[], bool]]:
     """Turns the first Ctrl-C (and SIGTERM) into a request to stop after the step; a second Ctrl-C ends at once.
 
+    A launcher sends SIGTERM after a Ctrl-C that the processes have heard too, so SIGTERM is never the second one.
+
     Yields:
         A function that says whether a stop was asked for.
     """
@@ -212,7 +232,7 @@ def interruptible(reporter: Reporter) -> Iterator[Callable[[], bool]]:
 
     def handler(number: int, frame: FrameType | None) -> None:
         nonlocal asked
-        if asked:
+        if asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         asked = True
         reporter.say("stopping after this step; a checkpoint will be written (Ctrl-C again to stop at once)")
@@ -240,17 +260,19 @@ class _Job:
     arch: Arch
     tokenizer: PreTrainedTokenizerBase
     device: torch.device
+    processes: Processes
 
     @classmethod
-    def check(cls, config: PruneConfig, data: bool = True) -> _Job:
+    def check(cls, config: PruneConfig, processes: Processes, data: bool = True) -> _Job:
         """Every check that needs no weights."""
-        device = pick_device(config.device)
+        processes.check_batch(config.batch_size)
+        device = pick_device(processes.place(config.device))
         check_trackers(config.track)
         if data:
             check_sources(config.data, config.text_key)
         source = Source.find(config.model)
         config, dense, arch = check_model(config, source)
-        return cls(config, source, dense, arch, source.tokenizer(arch.dims.vocab), device)
+        return cls(config, source, dense, arch, source.tokenizer(arch.dims.vocab), device, processes)
 
     @property
     def save_dtype(self) -> torch.dtype:
@@ -273,7 +295,8 @@ class _Job:
             yield from model_sampler(model, self.tokenizer, folder / "data/self.jsonl", config.seed, progress)(wanted)
 
         save_text(folder / CONFIG, config.to_yaml())
-        save_json(folder / ENVIRONMENT, environment(self.device) | origin(self.source, config.data))
+        about = environment(self.device) | {"processes": self.processes.count}
+        save_json(folder / ENVIRONMENT, about | origin(self.source, config.data))
         with reporter.counter("sampling text from the model" if SELF in config.data else "tokenising") as progress:
             build_blocks(
                 folder / BLOCKS,
@@ -292,7 +315,9 @@ class _Job:
     def train_and_finish(self, run: Path, model: PreTrainedModel, reporter: Reporter) -> PruneResult:
         """Trains from where the run stands, then exports and evaluates."""
         blocks = Blocks.open(run / BLOCKS)
-        trainer = Trainer(self.config, model, self.arch, blocks, run, reporter.warn, counter=reporter.counter)
+        trainer = Trainer(
+            self.config, model, self.arch, blocks, run, reporter.warn, counter=reporter.counter, processes=self.processes
+        )
         try:
             if checkpoints(run / "checkpoints"):
                 trainer.load()
@@ -303,7 +328,8 @@ class _Job:
                 ) as progress:
                     trainer.start(progress)
             if self.train(run, trainer, reporter):
-                return PruneResult(run, True, self.finish(run, trainer, reporter))
+                figures = self.processes.on_main(lambda: self.finish(run, trainer, reporter))
+                return PruneResult(run, True, figures)
         except KeyboardInterrupt:  # before or after the steps, or the second Ctrl-C: the last checkpoint stands
             pass
         reporter.say(f"stopped at step {trainer.state.step}; go on with: nuteprune resume {run}")
@@ -311,6 +337,9 @@ class _Job:
 
     def train(self, run: Path, trainer: Trainer, reporter: Reporter) -> bool:
         """The steps; whether they are complete."""
+        if not self.processes.main:
+            with interruptible(reporter) as stop:
+                return trainer.run(lambda line: None, stop)
         metrics = MetricsFile(run / METRICS, trainer.state.step)
         trackers = Trackers(self.config, run, reporter.warn)
 

@@ -47,26 +47,33 @@ class TeacherBank:
 
     Args:
         folder: where `record-NNN.safetensors` files go.
+
+    Attributes:
+        count: snapshots in it.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._count = 0
+        self.count = 0
 
     def __len__(self) -> int:
-        return self._count
+        return self.count
 
     def __getitem__(self, record: int) -> Snapshot:
         return read_snapshot(self.path(record))
 
     def add(self, snapshot: Snapshot) -> Path:
-        """Writes the file of the next snapshot; returns the path."""
+        """Takes the next snapshot in; returns the path of its file."""
+        self.count = max(self.count, snapshot.record)
+        return self.write(snapshot)
+
+    def write(self, snapshot: Snapshot) -> Path:
+        """Writes the file of a snapshot alone; returns the path."""
         path = self.path(snapshot.record)
         tensors = {f"masks.{k}": t for k, t in snapshot.masks.tensors().items()}
         tensors |= {f"lora.{k}": t for k, t in snapshot.lora.items()}
         about = {"record": snapshot.record, "sparsity": snapshot.sparsity, "step": snapshot.step}
         save_tensors(path, tensors, {"nuteprune": json.dumps(about)})
-        self._count = max(self._count, snapshot.record)
         return path
 
     def path(self, record: int) -> Path:
@@ -78,17 +85,11 @@ class TeacherBank:
         with safe_open(self.path(record), framework="pt") as file:
             return Masks.from_tensors({kind: file.get_tensor(f"masks.{kind}") for kind in KINDS})
 
-    @classmethod
-    def load(cls, folder: Path, records: int) -> TeacherBank:
-        """The bank as it was when it held `records` snapshots; files of later ones are removed."""
-        bank = cls(folder)
-        bank._count = records
-        for record in range(1, records + 1):
-            bank.masks(record)  # one that is missing or cut short is found now, not in mid-run
-        for path in folder.glob("record-*.safetensors"):
-            if int(path.stem.split("-")[1]) > records:
+    def forget_later(self) -> None:
+        """Removes the files of snapshots that a run will take anew."""
+        for path in self.folder.glob("record-*.safetensors"):
+            if int(path.stem.split("-")[1]) > self.count:
                 path.unlink()
-        return bank
 
 
 def read_about(path: Path) -> tuple[int, float, int]:

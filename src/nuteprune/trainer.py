@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shutil
 import time
 import warnings
 from collections.abc import Callable
@@ -29,7 +30,6 @@ from nuteprune.checkpoint import load_checkpoint, load_optimizer, optimizer_tens
 from nuteprune.config import PruneConfig
 from nuteprune.control import Controller, LagrangianControl, ProjectionControl, schedule
 from nuteprune.data import Blocks
-from nuteprune.discretise import Discretiser, Rounding
 from nuteprune.errors import TrainingError
 from nuteprune.files import save_tensors
 from nuteprune.gates import Deterministic, Gate, GateSet, HardConcrete
@@ -38,10 +38,10 @@ from nuteprune.learning_rate import lr_factor
 from nuteprune.losses import HiddenLoss, head_loss
 from nuteprune.masking import LoraOptions, MaskedModel, Role
 from nuteprune.masks import Masks
-from nuteprune.option_values import parse_shape
+from nuteprune.plan import last_record, make_discretiser
+from nuteprune.processes import Processes
 from nuteprune.repair import STAGE as REPAIR
 from nuteprune.repair import repair
-from nuteprune.shape import TargetShape
 from nuteprune.size import BlockSize, Unit
 from nuteprune.teachers import INTACT, REPAIRED, Snapshot, TeacherBank, TeacherPolicy, teacher_name
 
@@ -90,6 +90,7 @@ class Trainer:
         folder: run folder; `checkpoints/` and `teachers/` are written there.
         warn: called with what the user should know.
         counter: shows the progress of what takes long between steps: a context that gives a function of done and total.
+        processes: those that share the run. All call the same methods at the same time; the main one writes.
         fast: False takes peft's own layers and full widths throughout: the same run, slower, for comparison.
     """
 
@@ -103,8 +104,10 @@ class Trainer:
         warn: Callable[[str], None] = warnings.warn,
         fast: bool = True,
         counter: Callable[[str], AbstractContextManager[Progress]] = lambda what: nullcontext(lambda done, total: None),
+        processes: Processes = Processes(),  # noqa: B008  # frozen
     ) -> None:
         self.config, self.blocks, self.folder, self.warn, self.fast, self.counter = config, blocks, folder, warn, fast, counter
+        self.processes = processes
         self.total, self.freeze_step, self.ramp = config.total_steps, config.freeze_step, config.ramp_steps
 
         lora = LoraOptions(config.lora_rank, config.alpha, config.lora_targets, config.seed)
@@ -151,19 +154,24 @@ class Trainer:
                 f"--teacher-lag {self.config.teacher_lag} is not below the {self.last_record} records that a sparsity of "
                 f"{self.config.sparsity:g} leaves, so only the intact model will teach; lower it for numerous teachers"
             )
-        if (criterion := self.config.gate_init) != "open":
-            text = self.blocks.read(list(range(min(self.config.calibration, self.blocks.count))))
-            kept: Unit | None = None
-            for number in range(1, self.config.passes + 1):  # each on what the one before it left
-                told = _part(progress, number - 1, self.config.passes)
-                scores = unit_scores(criterion, self.masked, self.gates, text, self.config.head_bias, told, kept)
-                if not self.config.one_shot:  # an outlier, as flap has, would start beyond what training can move
-                    scores = {kind: score.clamp(max=OUTLIER) for kind, score in scores.items()}
-                self.gates.start_from(scores)
-                if number < self.config.passes:
-                    masks, _ = self.discrete(self.config.sparsity * number / self.config.passes)
-                    kept = self.gates.units(masks)
+        if self.config.gate_init != "open":
+            self.processes.on_main(lambda: self.start_gates(progress))
+            self.processes.spread(self.gates.parameters())
         self.save()
+
+    def start_gates(self, progress: Progress | None) -> None:
+        """Gives the gates their start by importance."""
+        text = self.blocks.read(list(range(min(self.config.calibration, self.blocks.count))))
+        kept: Unit | None = None
+        for number in range(1, self.config.passes + 1):  # each on what the one before it left
+            told = _part(progress, number - 1, self.config.passes)
+            scores = unit_scores(self.config.gate_init, self.masked, self.gates, text, self.config.head_bias, told, kept)
+            if not self.config.one_shot:  # an outlier, as flap has, would start beyond what training can move
+                scores = {kind: score.clamp(max=OUTLIER) for kind, score in scores.items()}
+            self.gates.start_from(scores)
+            if number < self.config.passes:
+                masks, _ = self.discrete(self.config.sparsity * number / self.config.passes)
+                kept = self.gates.units(masks)
 
     def run(self, log: Log, stop: Callable[[], bool] = lambda: False) -> bool:
         """Trains to the end.
@@ -179,7 +187,7 @@ class Trainer:
             TrainingError: loss, gradients or weights are no longer finite; the last good checkpoint is kept.
         """
         while self.state.step < self.total:
-            if stop():
+            if self.processes.any(stop()):
                 self.save()
                 return False
             log(self.step())
@@ -198,7 +206,8 @@ class Trainer:
             self.freeze()
         began = time.perf_counter()
         target = schedule(step, self.ramp, config.sparsity, config.ramp_shape)
-        batch = self.blocks.batch(step, config.batch_size, config.seed).to(self.masked.device)
+        whole = self.blocks.batch(step, config.batch_size, config.seed)
+        batch = self.processes.share(whole).to(self.masked.device)
         layer_states = config.hidden_loss != "none" and config.teachers != "none"
 
         records = len(self.bank) if self.state.reached is None else self.state.walk_from
@@ -226,9 +235,11 @@ class Trainer:
             loss = head.total if hidden is None else head.total + config.hidden_weight * hidden.total
         if self.masks is None:
             loss = loss + self.control.penalty(expected, target)
-        gradient_norm = self.update(loss, step)
+        hidden_loss = math.nan if hidden is None else float(hidden.total.detach())
+        told = self.processes.averages([float(loss.detach()), head.kl, head.lm, hidden_loss])
+        gradient_norm = self.update(loss, told[0], step)
 
-        tokens, seconds = batch.numel(), time.perf_counter() - began
+        tokens, seconds = whole.numel(), time.perf_counter() - began
         self.state.tokens += tokens
         self.state.seconds += seconds
         self.state.step += 1
@@ -236,10 +247,10 @@ class Trainer:
         metrics: Metrics = {
             "step": step,
             "phase": self.phase(step),
-            "loss": float(loss.detach()),
-            "kl": head.kl,
-            "lm_loss": head.lm,
-            "hidden_loss": float("nan") if hidden is None else float(hidden.total.detach()),
+            "loss": told[0],
+            "kl": told[1],
+            "lm_loss": told[2],
+            "hidden_loss": told[3],
             "target_sparsity": target,
             "expected_sparsity": sparsity,
             "teacher": teacher_name(record),
@@ -288,16 +299,26 @@ class Trainer:
         self.masked.set_masks(masks)
         return masks, expected
 
-    def update(self, loss: Tensor, step: int) -> float:
-        """Backward pass and optimisers; returns the norm of the LoRA gradient before clipping, nan if the step is left out.
+    def update(self, loss: Tensor, average: float, step: int) -> float:
+        """Backward pass and optimisers.
+
+        Args:
+            loss: with gradients, of this process's part of the batch.
+            average: the loss over all processes.
+            step: number of the step.
+
+        Returns:
+            The norm of the LoRA gradient over all processes before clipping; nan if the step is left out.
 
         Raises:
             TrainingError: loss or gradients were not finite too often in a row; no weight has been changed.
         """
-        if not math.isfinite(float(loss.detach())):
+        if not math.isfinite(average):
             return self.skip("loss", step)
         with self.part("backward"):
             loss.backward()
+            trained = (*self.masked.lora.values(), *self.gates.parameters(), *self.control.parameters())
+            self.processes.average(p.grad for p in trained if p.grad is not None)
         with self.part("optimisers"):
             limit = self.config.grad_clip or math.inf
             norm = float(torch.nn.utils.clip_grad_norm_(self.masked.lora.values(), limit))
@@ -364,7 +385,9 @@ class Trainer:
         ):
             record = len(self.bank) + 1
             masks, _ = self.discrete(record * every)
-            self.bank.add(Snapshot(record, self.size.sparsity(masks), step, masks, self.masked.lora_copy()))
+            snapshot = Snapshot(record, self.size.sparsity(masks), step, masks, self.masked.lora_copy())
+            self.processes.on_main(lambda: self.bank.write(snapshot))  # noqa: B023  # done before the next one
+            self.bank.count = record
         self.state.records = len(self.bank)
         if self.state.reached is None and step + 1 >= self.ramp and abs(sparsity - self.config.sparsity) <= REACHED:
             self.mark_reached(step + 1)
@@ -390,11 +413,17 @@ class Trainer:
         if self.state.reached is None:
             self.mark_reached(self.state.step)
         if self.config.repair:
-            text = self.blocks.read(list(range(min(self.config.repair_sequences, self.blocks.count))))
-            with self.counter(REPAIR) as progress:
-                weights = repair(self.masked, masks.to(self.masked.device), text, self.config.repair_damping, progress)
-            save_tensors(self.folder / REPAIRED, weights)
+            self.processes.on_main(lambda: self.repair(masks))
+            if not self.processes.main:
+                self.masked.repair(load_file(self.folder / REPAIRED))
         self.freeze_at(masks)
+
+    def repair(self, masks: Masks) -> None:
+        """Repairs weights under the masks, in the model and in a file."""
+        text = self.blocks.read(list(range(min(self.config.repair_sequences, self.blocks.count))))
+        with self.counter(REPAIR) as progress:
+            weights = repair(self.masked, masks.to(self.masked.device), text, self.config.repair_damping, progress)
+        save_tensors(self.folder / REPAIRED, weights)
 
     def freeze_at(self, masks: Masks) -> None:
         """Fixes the masks; the student, and where they can its teachers, run at the width that is left."""
@@ -434,12 +463,16 @@ class Trainer:
 
     # -- state --------------------------------------------------------------------------------------------------------
 
-    def save(self) -> Path:
+    def save(self) -> None:
         """Writes a checkpoint of everything; LoRA weights in their whole shape, zero where the masks took a unit away.
 
         Raises:
             TrainingError: a weight is not finite; nothing is written.
         """
+        self.processes.on_main(self.write_checkpoint)
+
+    def write_checkpoint(self) -> Path:
+        """What `save` does in the main process; returns the checkpoint's path."""
         if not all(bool(p.isfinite().all()) for p in (*self.masked.lora.values(), *self.gates.parameters())):
             raise self.not_finite(f"value of a weight after step {self.state.step - 1}")
         widths = self.masked.widths
@@ -460,6 +493,12 @@ class Trainer:
         checkpoints = self.folder / "checkpoints"
         return save_checkpoint(checkpoints, self.state.step, tensors, state, self.config.keep_checkpoints, needs)
 
+    def tidy(self, damaged: list[Path]) -> None:
+        """Removes what a run that goes on from an earlier checkpoint makes anew."""
+        for path in damaged:
+            shutil.rmtree(path)
+        self.bank.forget_later()
+
     @torch.no_grad()
     def load(self) -> None:
         """Goes back to the newest undamaged checkpoint of the run folder.
@@ -467,7 +506,7 @@ class Trainer:
         Raises:
             ConfigError: there is none.
         """
-        tensors, state = load_checkpoint(self.folder / "checkpoints", self.warn)
+        tensors, state, damaged = load_checkpoint(self.folder / "checkpoints", self.warn)
         self.state = TrainState(**state)
         self.masked.load_lora(within(tensors, "lora"))
         for kind, value in within(tensors, "gates").items():
@@ -476,7 +515,8 @@ class Trainer:
         load_optimizer(self.gate_optimizer, tensors, "gate_optimizer")
         self.control.load(within(tensors, "control"))
         self.generator.set_state(tensors["generator.state"])
-        self.bank = TeacherBank.load(self.folder / "teachers", self.state.records)
+        self.bank.count = self.state.records
+        self.processes.on_main(lambda: self.tidy(damaged))
         if masks := within(tensors, "masks"):
             if self.config.repair:
                 self.masked.repair(load_file(self.folder / REPAIRED))
@@ -486,39 +526,3 @@ class Trainer:
 def _part(progress: Progress | None, done: int, parts: int) -> Progress | None:
     """Progress of one of several parts of a stage that are alike."""
     return None if progress is None else lambda step, total: progress(done * total + step, parts * total)
-
-
-def last_record(config: PruneConfig) -> int:
-    """Number of the record at the target sparsity."""
-    return math.floor(config.sparsity / config.snapshot_every + 1e-6)
-
-
-def make_discretiser(config: PruneConfig, arch: Arch) -> Discretiser:
-    """The discretiser of a run.
-
-    Raises:
-        ConfigError: a target shape that the model cannot have.
-    """
-    size = BlockSize.of(arch)
-    asked = parse_shape(config.target_shape)
-    return Discretiser(
-        arch=arch,
-        size=size,
-        kinds=config.prune,
-        rounding=Rounding(config.round_heads, config.round_intermediate, config.round_hidden),
-        head_unit=config.head_unit,
-        uniform=config.uniform,
-        shape=TargetShape.of(arch, size, config.head_unit, asked) if asked else None,
-    )
-
-
-def settled(config: PruneConfig, arch: Arch) -> PruneConfig:
-    """The options with those that a target shape decides: sparsity, units and uniform widths.
-
-    Raises:
-        ConfigError: the model cannot have the shape.
-    """
-    shape = make_discretiser(config, arch).shape
-    if shape is None:
-        return config
-    return config.replace(sparsity=shape.sparsity, prune=tuple(shape.units), uniform=True)

@@ -28,9 +28,9 @@ from nuteprune.export.hf import compact_shapes
 from nuteprune.job import check_model, pick_save_dtype
 from nuteprune.measuring import in_fresh_process
 from nuteprune.models import Source, pick_device
+from nuteprune.plan import make_discretiser
 from nuteprune.progress import Reporter, duration
 from nuteprune.size import BlockSize
-from nuteprune.trainer import make_discretiser
 
 NOT_COUNTED = "reading and tokenising text, and sampling it for --data self"
 LAGRANGIAN = (

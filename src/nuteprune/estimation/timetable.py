@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from nuteprune.config import PruneConfig
 from nuteprune.control import schedule
+from nuteprune.plan import last_record
 from nuteprune.teachers import INTACT, TeacherPolicy
-from nuteprune.trainer import last_record
 
 FEW = 0.1  # share of a run below which a point is not rehearsed
 LEAST, MOST = 6, 24  # steps of a rehearsal

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import random
+import shutil
 import time
 import warnings
 from collections.abc import Callable
@@ -219,7 +220,9 @@ class Tuning:
         Raises:
             ConfigError: there is none.
         """
-        tensors, state = load_checkpoint(self.folder / "checkpoints", warn)
+        tensors, state, damaged = load_checkpoint(self.folder / "checkpoints", warn)
+        for path in damaged:
+            shutil.rmtree(path)
         for name, value in within(tensors, "lora").items():
             self.lora[name].copy_(value)
         load_optimizer(self.optimizer, tensors, "optimizer")

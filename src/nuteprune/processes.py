@@ -1,0 +1,168 @@
+"""Several processes that train one run together: each takes a part of every batch, gradients are averaged, one writes.
+
+`accelerate launch` starts them, on one machine or several. All hold the frozen model, gates and LoRA weights, and move them
+alike; what a step decides, it decides on averages. Only trained weights travel, a few megabytes a step, in one message,
+so nothing is gained by torch's DistributedDataParallel, whose buckets would have to be made anew when masks freeze.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nuteprune.errors import ConfigError, NutePruneError
+
+PATIENCE = timedelta(hours=12)  # for processes that wait while the main one samples text or exports
+
+Found = TypeVar("Found")
+
+
+class OtherProcessError(NutePruneError):
+    """The main process ended with an error, which it tells itself."""
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Those that share a run; by default this one alone.
+
+    Attributes:
+        rank: number of this one, from 0, the main one, which writes and speaks.
+        count: of all.
+        local: number of this one on its machine.
+        device: where messages between them are collected; None where there are none.
+    """
+
+    rank: int = 0
+    count: int = 1
+    local: int = 0
+    device: torch.device | None = None
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the one that writes."""
+        return self.rank == 0
+
+    @classmethod
+    @contextmanager
+    def joined(cls, device: str) -> Iterator[Processes]:
+        """The processes that a launcher started, until the end of the block.
+
+        Args:
+            device: the option `--device`.
+
+        Raises:
+            ConfigError: the launcher was told to use what this trainer does not.
+        """
+        if launched() == 1:
+            yield cls()
+            return
+        for name, what in (("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_FSDP", "FSDP")):
+            if os.environ.get(name, "false").lower() == "true":
+                raise ConfigError(
+                    f"accelerate's configuration asks for {what}, got {name}=true; this trainer keeps the frozen base whole on "
+                    "every device. Launch with --multi_gpu or --cpu; docs/scale.md says what to do when it does not fit."
+                )
+        from accelerate import PartialState
+
+        cpu = device == "cpu" or not torch.cuda.is_available()
+        there = dist.is_available() and dist.is_initialized()  # made by the caller of the library
+        state = PartialState(cpu=cpu, timeout=PATIENCE)
+        try:
+            yield cls(state.process_index, state.num_processes, state.local_process_index, state.device)
+        finally:
+            if not there:
+                state.destroy_process_group()
+                PartialState._reset_state()  # what is left of it would speak of a group that is gone
+
+    def place(self, device: str) -> str:
+        """The option `--device` for this process: on a machine with several GPUs, each takes its own."""
+        return (
+            f"cuda:{self.local}"
+            if self.device is not None and self.device.type == "cuda" and device in ("auto", "cuda")
+            else device
+        )
+
+    def share(self, batch: Tensor) -> Tensor:
+        """This process's rows of a batch [rows, ...]; their number is a multiple of that of processes."""
+        return batch.chunk(self.count)[self.rank]
+
+    def average(self, tensors: Iterable[Tensor]) -> None:
+        """Makes tensors their average over all processes, in place, in one message for each precision."""
+        if self.count == 1:
+            return
+        groups: dict[torch.dtype, list[Tensor]] = {}
+        for tensor in tensors:
+            groups.setdefault(tensor.dtype, []).append(tensor)
+        for some in groups.values():
+            flat = torch.cat([tensor.detach().flatten() for tensor in some])
+            dist.all_reduce(flat)
+            flat /= self.count
+            parts = flat.split([tensor.numel() for tensor in some])
+            torch._foreach_copy_([t.detach() for t in some], [p.view_as(t) for p, t in zip(parts, some, strict=True)])
+
+    def averages(self, values: list[float]) -> list[float]:
+        """Averages of numbers over all processes."""
+        if self.count == 1:
+            return values
+        message = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(message)
+        return [float(value) for value in message / self.count]
+
+    def any(self, here: bool) -> bool:
+        """Whether it is so in some process."""
+        return self.averages([float(here)])[0] > 0.0
+
+    def spread(self, tensors: Iterable[Tensor]) -> None:
+        """Gives all processes the main one's values of tensors, in place."""
+        if self.count > 1:
+            for tensor in tensors:
+                message = tensor.detach().to(self.device, copy=True).contiguous()
+                dist.broadcast(message, 0)
+                tensor.detach().copy_(message)
+
+    def on_main(self, work: Callable[[], Found]) -> Found | None:
+        """Does something in the main process while the others wait.
+
+        Returns:
+            What it made, in the main process; None in the others.
+
+        Raises:
+            OtherProcessError: in the others, if it failed; in the main process the error itself is raised.
+        """
+        if self.count == 1:
+            return work()
+        found, failed = None, True
+        try:
+            if self.main:
+                found = work()
+            failed = False
+        finally:
+            failed = self.any(failed)
+        if failed:
+            raise OtherProcessError("the main process ended with an error.")
+        return found
+
+    def check_batch(self, size: int) -> None:
+        """Refuses a batch that cannot be shared evenly.
+
+        Raises:
+            ConfigError: it cannot.
+        """
+        if size % self.count:
+            raise ConfigError(
+                f"--batch-size got {size}; {self.count} processes share each batch, so allowed is a multiple of {self.count}."
+            )
+
+
+def launched() -> int:
+    """How many processes the launcher started, by its environment; 1 without one."""
+    count = os.environ.get("WORLD_SIZE", "1")
+    return int(count) if count.isdigit() and "RANK" in os.environ else 1

@@ -1,0 +1,167 @@
+"""Several processes that share a run: the course of one, one writer, one decision."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import others
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from nuteprune import cli
+from nuteprune.checkpoint import checkpoints, damage
+from nuteprune.config import PruneConfig
+from nuteprune.errors import ConfigError
+from nuteprune.job import prune, resume
+from nuteprune.processes import Processes
+from nuteprune.progress import Reporter, read_metrics
+
+NEAR = 1e-5
+
+
+def _quiet() -> Reporter:
+    return Reporter(Console(quiet=True))
+
+
+def _start(
+    config: PruneConfig, count: int = 2, interrupt_after: int | None = None, overflow_at: int | None = None
+) -> list[int]:
+    """Starts the processes of a job and waits; returns their exit codes."""
+    context = multiprocessing.get_context("forkserver")  # children need no imports of their own
+    context.set_forkserver_preload(["torch", "nuteprune.job", "accelerate"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = (count, port, interrupt_after, overflow_at)
+    started = [context.Process(target=others.shared_job, args=(config, rank, *arguments)) for rank in range(count)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(120)
+        process.kill()
+    return [process.exitcode or 0 for process in started]
+
+
+@pytest.fixture
+def shared(small_run: PruneConfig, tmp_path: Path) -> PruneConfig:
+    return small_run.replace(batch_size=4, steps=16, checkpoint_every=4, out=str(tmp_path / "shared"))
+
+
+def _follows(one: Path, two: Path) -> None:
+    """Two runs that took the same course, but for rounding."""
+    a, b = read_metrics(one / "metrics.jsonl"), read_metrics(two / "metrics.jsonl")
+    assert len(a) == len(b)
+    for x, y in zip(a, b, strict=True):
+        for name in ("step", "phase", "teacher", "records", "tokens", "skipped", "target_sparsity"):
+            assert x[name] == y[name]
+        for name in ("loss", "kl", "lm_loss", "hidden_loss", "expected_sparsity", "gradient_norm"):
+            assert (x[name] is None) == (y[name] is None)
+            if x[name] is not None:
+                assert x[name] == pytest.approx(y[name], abs=NEAR, rel=NEAR), (x["step"], name)
+    names = sorted(p.name for p in (one / "teachers").iterdir()) if (one / "teachers").is_dir() else []
+    for name in ("checkpoints/step-000016/tensors.safetensors", *(f"teachers/{n}" for n in names)):
+        x, y = load_file(one / name), load_file(two / name)
+        assert x.keys() == y.keys()
+        for key in x:
+            if key != "generator.state":
+                torch.testing.assert_close(x[key], y[key], atol=NEAR, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"gates": "hard-concrete", "control": "lagrangian", "hidden_loss": "plain", "lm_weight": 0.5, "repair": True},
+        {"teachers": "none", "head_unit": "query", "prune": ("heads", "intermediate")},
+    ],
+    ids=["default", "paper", "no teacher"],
+)
+def test_two_processes_follow_one(shared: PruneConfig, options: dict[str, Any], tmp_path: Path) -> None:
+    config = shared.replace(**options)
+    alone = prune(config.replace(out=str(tmp_path / "alone")), _quiet())
+    assert _start(config) == [0, 0]
+    _follows(alone.run, tmp_path / "shared")
+    assert json.loads((tmp_path / "shared/env.json").read_text())["processes"] == 2
+    result = json.loads((tmp_path / "shared/result.json").read_text())
+    assert alone.figures is not None
+    assert result["training_tokens"] == alone.figures.tokens == 16 * 4 * 16
+
+
+def test_any_number_of_processes_goes_on_with_a_run(shared: PruneConfig, tmp_path: Path) -> None:
+    """Ctrl-C is heard by one of two; both stop after the same step. Then four go on, and one process ends the run."""
+    alone = prune(shared.replace(out=str(tmp_path / "alone")), _quiet())
+    run = tmp_path / "shared"
+    assert _start(shared, interrupt_after=6) == [0, 0]
+    assert [p.name for p in checkpoints(run / "checkpoints")][-1] == "step-000007"
+    assert _start(shared, count=4, interrupt_after=4) == [0, 0, 0, 0]
+    newest = checkpoints(run / "checkpoints")[-1]
+    assert newest.name == "step-000012"
+    assert damage(newest) is None
+    assert resume(run, _quiet()).complete
+    _follows(alone.run, run)
+
+
+def test_an_overflow_in_one_process_is_left_out_in_all(shared: PruneConfig, tmp_path: Path) -> None:
+    assert _start(shared, overflow_at=3) == [0, 0]
+    metrics = read_metrics(tmp_path / "shared/metrics.jsonl")
+    assert [m["skipped"] for m in metrics] == [0, 0, 0, *[1] * 13]
+
+
+def test_what_cannot_be_shared_is_refused(
+    shared: PruneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _start(shared.replace(batch_size=3)) == [2, 2]
+    assert not (tmp_path / "shared").exists()
+    with pytest.raises(ConfigError, match=r"--batch-size got 3; 2 processes share each batch, so allowed is a multiple of 2"):
+        Processes(count=2).check_batch(3)
+
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with monkeypatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+        with pytest.raises(ConfigError, match=r"asks for DeepSpeed, got ACCELERATE_USE_DEEPSPEED"):
+            prune(shared, _quiet())
+    for command in ("eval", "finetune", "export", "demo"):
+        monkeypatch.setattr(sys, "argv", ["nuteprune", command, "x"])
+        with pytest.raises(SystemExit, match="2"):
+            cli.main()
+        assert f"nuteprune: {command} works in one process, got 2 of a launcher" in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit, match="2"):
+        cli.main()
+    assert capsys.readouterr().err == "", "one process speaks"
+
+
+def test_processes_part_a_batch_and_each_takes_its_gpu() -> None:
+    batch = torch.arange(12).view(6, 2)
+    parts = [Processes(rank, 3).share(batch) for rank in range(3)]
+    assert torch.equal(torch.cat(parts), batch)
+    assert Processes().share(batch) is not None
+    assert torch.equal(Processes().share(batch), batch)
+    gpus = Processes(rank=5, count=8, local=1, device=torch.device("cuda:1"))
+    assert [gpus.place(name) for name in ("auto", "cuda", "cuda:3", "cpu")] == ["cuda:1", "cuda:1", "cuda:3", "cpu"]
+    assert [Processes().place(name) for name in ("auto", "cuda")] == ["auto", "cuda"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"),
+                                      ("torch.distributed.run", "--nproc-per-node", "2")])  # fmt: skip
+def test_launchers_start_them(shared: PruneConfig, tmp_path: Path, launcher: tuple[str, ...]) -> None:
+    (tmp_path / "c.yaml").write_text(shared.to_yaml(), encoding="utf-8")
+    found = subprocess.run(
+        [sys.executable, "-m", *launcher, "-m", "nuteprune", "prune", "--config", str(tmp_path / "c.yaml"), "--quiet"],
+        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.count("blocks: ") == 1
+    alone = prune(shared.replace(out=str(tmp_path / "alone")), _quiet())
+    _follows(alone.run, tmp_path / "shared")
