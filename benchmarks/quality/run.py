@@ -123,8 +123,8 @@ def protocol(evaluate: dict[str, Any], data: Path, begun: bool) -> list[str]:
     found = ["--data-dir", str(data)]
     for text in evaluate["ppl"]:
         found += ["--ppl", str(data / text) if "." in text else text]
-    if "windows" in evaluate:
-        found += ["--windows", str(evaluate["windows"])]
+    for name in ("windows", "dtype"):
+        found += [f"--{name}", str(evaluate[name])] if name in evaluate else []
     if "tasks" in evaluate:
         found += ["--tasks", evaluate["tasks"], "--task-data", str(data / "zeroshot")]
         found += ["--limit", str(evaluate["limit"])] if "limit" in evaluate else []

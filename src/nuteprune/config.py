@@ -282,6 +282,14 @@ class PruneConfig:
         "Machine",
         ("auto", "float32", "bfloat16"),
     )
+    load_in: str = option(
+        "none",
+        "Hold the frozen model's blocks in fewer bits while training: none, 8bit, or 4bit (NF4). The result is folded from the "
+        "unquantised weights, read again.",
+        "QLoRA, arXiv 2305.14314; needs the extra quantised",
+        "Machine",
+        ("none", "8bit", "4bit"),
+    )
     save_dtype: str = option(
         "auto",
         "Precision of the exported weights: auto (that of the input checkpoint; float32 for GGUF), float32, bfloat16, float16.",
@@ -365,6 +373,12 @@ class PruneConfig:
             need(name, 0.0 <= getattr(self, name) < 1.0, "a share from 0 to below 1")
         self._check_criteria()
         self._check_idle()
+        for name in ("repair", "compile"):
+            if self.load_in != "none" and getattr(self, name):
+                raise ConfigError(
+                    f"--load-in {self.load_in} and {flag(name)} were both given; codes of fewer bits are neither repaired nor "
+                    "compiled, so leave one of them out."
+                )
         if self.warmup + self.recovery > 1.0:
             raise ConfigError(
                 f"--warmup {self.warmup:g} and --recovery {self.recovery:g} add up to more than 1; masks are frozen after "

@@ -32,12 +32,13 @@ from nuteprune.errors import ConfigError, TrainingError
 from nuteprune.evaluation.perplexity import Perplexity, blocks_perplexity
 from nuteprune.export.hf import Equality, check_equal, compact_config, is_stock, stock_config, write_folder
 from nuteprune.files import atomic_folder, save_json, save_tensors, save_text, unwritable_parent
-from nuteprune.masking import LoraOptions
+from nuteprune.masking import LoraOptions, MaskedModel
 from nuteprune.models import DTYPES, Source, describe, pick_device, pick_dtype
 from nuteprune.option_values import flag
 from nuteprune.plan import make_discretiser, settled
 from nuteprune.processes import Processes
 from nuteprune.progress import MetricsFile, Reporter
+from nuteprune.quantised import BITS, check_available, quantise
 from nuteprune.report.card import model_card
 from nuteprune.report.facts import CONFIG, ENVIRONMENT, MASKS, METRICS, MODEL, RESULT, Figures, RunFacts, origin
 from nuteprune.sample import model_sampler
@@ -268,6 +269,7 @@ class _Job:
         processes.check_batch(config.batch_size)
         device = pick_device(processes.place(config.device))
         check_trackers(config.track)
+        check_available(config.load_in)
         if data:
             check_sources(config.data, config.text_key)
         source = Source.find(config.model)
@@ -281,8 +283,24 @@ class _Job:
 
     def load(self, reporter: Reporter) -> PreTrainedModel:
         """The intact model."""
-        reporter.say(f"loading {self.source.name} on {self.device}")
-        return self.source.model(self.device, pick_dtype(self.config.dtype, self.device))
+        dtype, bits = pick_dtype(self.config.dtype, self.device), self.config.load_in
+        reporter.say(f"loading {self.source.name} on {self.device}" + (f" in {bits}" if bits in BITS else ""))
+        if bits in BITS:
+            return quantise(self.source.model(torch.device("cpu"), dtype), self.arch, bits, self.device)
+        return self.source.model(self.device, dtype)
+
+    def fold_into_whole_weights(self, trainer: Trainer) -> None:
+        """Gives a trainer of a quantised base the unquantised weights, read again, under the same masks and LoRA weights.
+
+        They lie on the CPU, since the GPU may have no room for them.
+        """
+        assert trainer.masks is not None
+        lora = trainer.masked.lora_copy()
+        trainer.masked.release()
+        model = self.source.model(torch.device("cpu"), pick_dtype(self.config.dtype, self.device))
+        trainer.masked = MaskedModel(model, self.arch, self.config.prune, trainer.lora_options)
+        trainer.masked.load_lora(lora)
+        trainer.masked.set_masks(trainer.masks)
 
     def prepare(self, folder: Path, reporter: Reporter) -> PreTrainedModel | None:
         """Writes config.yaml, env.json and the token blocks; returns the model if it was needed to sample text."""
@@ -357,6 +375,8 @@ class _Job:
 
     def finish(self, run: Path, trainer: Trainer, reporter: Reporter) -> Figures:
         """Compacts, compares, evaluates, writes model/ and result.json."""
+        if trainer.masked.quantised:
+            self.fold_into_whole_weights(trainer)
         masked, masks, blocks = trainer.masked, trainer.masks, trainer.blocks
         assert masks is not None
         apart = blocks.read(list(range(blocks.held_out)), "held_out").to(masked.device) if blocks.held_out else None

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 
+from nuteprune.quantised import QuantisedLinear
+
 
 class _MaskedLora(torch.autograd.Function):
     """y = out_mask * (W (in_mask * x) + bias + scaling B A (in_mask * x)), for x [tokens, in]."""
@@ -26,16 +28,18 @@ class _MaskedLora(torch.autograd.Function):
         out_mask: Tensor | None,
         a: Tensor,
         b: Tensor,
-        weight: Tensor,
+        weight: Tensor | QuantisedLinear,
         bias: Tensor | None,
         scaling: float,
     ) -> Tensor:
         seen = x if in_mask is None else x * in_mask
-        y = F.linear(seen, weight, bias)
+        held = None if isinstance(weight, QuantisedLinear) else weight  # codes are read anew in the backward pass
+        y = F.linear(seen, weight.weight if isinstance(weight, QuantisedLinear) else weight, bias)
         low = seen @ a.to(x.dtype).t()
         y.addmm_(low, b.to(x.dtype).t(), alpha=scaling)
         unmasked = y if out_mask is not None and ctx.needs_input_grad[2] else None
-        ctx.save_for_backward(x, in_mask, out_mask, a, b, weight, low, unmasked)
+        ctx.save_for_backward(x, in_mask, out_mask, a, b, held, low, unmasked)
+        ctx.codes = weight if held is None else None
         ctx.scaling = scaling
         return y if out_mask is None else y * out_mask
 
@@ -55,7 +59,7 @@ class _MaskedLora(torch.autograd.Function):
             b_grad = (g.t() @ low).mul_(ctx.scaling).to(b.dtype)
         x_grad = in_mask_grad = None
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-            x_grad = (g @ weight).addmm_(g_low, a.to(g.dtype))
+            x_grad = (g @ (ctx.codes.weight if weight is None else weight)).addmm_(g_low, a.to(g.dtype))
             if ctx.needs_input_grad[1]:
                 in_mask_grad = (x_grad * x).sum(0)
             if in_mask is not None:
@@ -83,7 +87,8 @@ class MaskedLoraLinear(PeftLinear):  # type: ignore[misc]
             y = y if self.out_mask is None else y * self.out_mask
         else:
             a, b, scaling = self.lora_A["default"].weight, self.lora_B["default"].weight, self.scaling["default"]
-            y = _MaskedLora.apply(flat, self.in_mask, self.out_mask, a, b, base.weight, base.bias, scaling)
+            weight = base if isinstance(base, QuantisedLinear) else base.weight
+            y = _MaskedLora.apply(flat, self.in_mask, self.out_mask, a, b, weight, base.bias, scaling)
         return y.view(*x.shape[:-1], -1)
 
 

@@ -23,6 +23,7 @@ from nuteprune.errors import ConfigError
 from nuteprune.linear import MaskedLoraLinear, mask_hooks
 from nuteprune.masks import Masks
 from nuteprune.precision import half_autocast
+from nuteprune.quantised import QuantisedLinear
 
 # Where the mask of a kind acts: on the input of the linears that read this axis.
 _INPUT_AXES = {"heads": Axis.QUERY, "intermediate": Axis.INTERMEDIATE}
@@ -145,6 +146,7 @@ class MaskedModel:
         self._dtype = self.model.dtype  # in which the model computes
         if lora is not None:
             self._add_lora(lora, fused)
+        self.quantised = any(isinstance(module, QuantisedLinear) for module in model.modules())
         self._sites = list(self._attach())
         self._bases = dict(self._base_weights())
         self._repaired = False  # whether there are repaired weights
@@ -216,10 +218,10 @@ class MaskedModel:
         self._observed += 1
 
     def _base_weights(self) -> Iterator[tuple[str, BaseWeight]]:
-        """The base model's parameters along axes that roles can do without, by stock name."""
+        """The base model's parameters along axes that roles can do without, by stock name; codes stay whole."""
         for index in range(self.arch.dims.layers):
             for name, shape in self.arch.parameters.items():
-                if any(dim[0] in (Axis.QUERY, Axis.KV, Axis.INTERMEDIATE) for dim in shape):
+                if not self.quantised and any(dim[0] in (Axis.QUERY, Axis.KV, Axis.INTERMEDIATE) for dim in shape):
                     parameter = self.parameter(index, name)
                     yield f"{self.arch.spec.layers}.{index}.{name}", BaseWeight(parameter, parameter.data, index, shape)
 
@@ -508,6 +510,9 @@ class MaskedModel:
         """Gives the memory of all weights back; the model cannot be used any more."""
         for parameter in self.model.parameters():
             parameter.data = parameter.data.new_empty(0)
+        for module in self.model.modules():
+            if isinstance(module, QuantisedLinear):
+                module.release()
         self._bases = {}
 
     # -- for compaction -----------------------------------------------------------------------------------------------
@@ -527,7 +532,7 @@ class MaskedModel:
         return self.parameter(layer, name).detach() if repaired is None else repaired
 
     def parameter(self, layer: int, name: str) -> nn.Parameter:
-        """The parameter `name` of a layer, which holds what the present role computes with."""
+        """The parameter `name` of a layer, which holds what the present role computes with; made anew where it is in codes."""
         path, _, kind = name.rpartition(".")
         module = submodule(self.layers[layer], path)
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module

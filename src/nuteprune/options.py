@@ -19,7 +19,7 @@ COST_OPTIONS = (
     "tokens", "steps", "batch_size", "seq_len", "warmup", "ramp_shape", "recovery", "lora_rank", "lora_targets", "gates",
     "gate_init", "gate_init_batches", "passes", "repair", "repair_batches", "control", "teachers", "teacher_lag", "walk_back",
     "snapshot_every", "hidden_loss", "lm_weight", "device",
-    "dtype", "save_dtype", "gradient_checkpointing", "compile", "checkpoint_every", "recipe",
+    "dtype", "load_in", "save_dtype", "gradient_checkpointing", "compile", "checkpoint_every", "recipe",
 )  # fmt: skip
 
 Command = Callable[..., None]

@@ -110,8 +110,8 @@ class Trainer:
         self.processes = processes
         self.total, self.freeze_step, self.ramp = config.total_steps, config.freeze_step, config.ramp_steps
 
-        lora = LoraOptions(config.lora_rank, config.alpha, config.lora_targets, config.seed)
-        self.masked = MaskedModel(model, arch, config.prune, lora, fused=fast)
+        self.lora_options = LoraOptions(config.lora_rank, config.alpha, config.lora_targets, config.seed)
+        self.masked = MaskedModel(model, arch, config.prune, self.lora_options, fused=fast)
         if config.gradient_checkpointing:
             self.masked.enable_checkpointing()
         if config.compile:
@@ -430,7 +430,7 @@ class Trainer:
         self.masks = masks.to(self.masked.device)
         self.frozen_sparsity = torch.tensor(self.size.sparsity(masks))
         self.gates.requires_grad_(False)
-        if self.fast:
+        if self.fast and not self.masked.quantised:  # codes cannot be cut
             newest = self.policy.record(self.freeze_step, self.state.walk_from, self.state.reached) or INTACT
             teachers = [self.bank.masks(record) for record in range(1, newest + 1)]
             arch = self.masked.arch

@@ -28,6 +28,7 @@ from nuteprune.job import pick_save_dtype
 from nuteprune.losses import chunks
 from nuteprune.masking import LoraOptions, MaskedModel
 from nuteprune.masks import Masks
+from nuteprune.quantised import BITS, bytes_in
 from nuteprune.size import BlockSize
 
 # Bytes for a value of the logits in `losses`, counted on real tensors: live at once in a chunk, and read and written.
@@ -168,8 +169,9 @@ def step_cost(config: PruneConfig, dense: PretrainedConfig, arch: Arch, dtype: t
     saved = pick_save_dtype(config.save_dtype, dense).itemsize
     gates = sum(math.prod(shape) for kind, shape in unit_shapes(arch.dims, config.head_unit).items() if kind in config.prune)
     head, heads = _head(config, arch, size)
+    final = (arch.total - removed) * saved + 4 * lora_values + arch.dims.vocab * (config.seq_len * saved + SCORED * 8)
     return StepCost(
-        weights=weights,
+        weights=round(weights - _saved_by_codes(config.load_in, masked)),
         lora=lora_values,
         gates=gates,
         teacher_peak=teacher_peak,
@@ -179,12 +181,22 @@ def step_cost(config: PruneConfig, dense: PretrainedConfig, arch: Arch, dtype: t
         backward_peak=backward_peak,
         head=head,
         evaluation=evaluation,
-        final=(arch.total - removed) * saved + 4 * lora_values + arch.dims.vocab * (config.seq_len * saved + SCORED * 8),
+        final=0 if config.load_in != "none" else final,  # what a quantised base becomes is folded on the CPU
         teacher=teacher,
         student=student,
         backward=backward,
         heads=heads,
     )
+
+
+def _saved_by_codes(option: str, masked: MaskedModel) -> float:
+    """Bytes by which `--load-in` makes the frozen model smaller; one weight at a time is there in full."""
+    if option not in BITS:
+        return 0.0
+    weights = [masked.parameter(0, f"{path}.weight") for path in masked.arch.linears()]
+    full = [_bytes_of(iter([weight])) for weight in weights]
+    codes = [bytes_in(weight.numel(), len(weight), option) for weight in weights]
+    return masked.arch.dims.layers * (sum(full) - sum(codes)) - max(full)
 
 
 def _head(config: PruneConfig, arch: Arch, states: int) -> tuple[int, Work]:
