@@ -31,6 +31,9 @@ app = typer.Typer(
     help="Makes large language models smaller: structured pruning with numerous teachers (arXiv 2402.09773).",
 )
 
+# typer's own class for wrong arguments, which it does not name itself
+_UsageError: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "UsageError")
+
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:N or auto.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print results only.")]
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Folder, hub id, .gguf file, or smollm2-135m.")]
@@ -496,7 +499,14 @@ def main() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
         _check_launcher(sys.argv[1:])
-        app()
+        sys.exit(app(prog_name="nuteprune", standalone_mode=False))
+    except _UsageError as error:  # type: ignore[misc]
+        if type(error).__name__ == "NoArgsIsHelpError":
+            error.show()
+        else:
+            path = error.ctx.command_path if error.ctx is not None else "nuteprune"
+            print(f"nuteprune: {error.format_message().rstrip('.')}; see {path} --help.", file=sys.stderr)
+        sys.exit(2)
     except NutePruneError as error:
         if os.environ.get("RANK", "0") == "0":  # of processes that share a run, one speaks
             print(f"nuteprune: {error}", file=sys.stderr)

@@ -58,6 +58,11 @@ class Source:
         """Keyword arguments of from_pretrained; code that comes with a model is never run."""
         return {"trust_remote_code": False} | ({"gguf_file": self.gguf_file} if self.gguf_file else {})
 
+    @property
+    def weights(self) -> dict[str, Any]:
+        """Keyword arguments of from_pretrained for models; pickled weights are never read."""
+        return self.arguments | ({} if self.gguf_file else {"use_safetensors": True})
+
     @classmethod
     def find(cls, name: str) -> Source:
         """Resolves what the user gave.
@@ -94,6 +99,11 @@ class Source:
         try:
             config = AutoConfig.from_pretrained(self.where, **self.arguments)
         except _UNREADABLE as error:
+            if "custom code" in str(error):
+                raise ArchitectureError(
+                    f"model {self.name}: family {known!r} comes with code of its own, which is never run; give a model of a "
+                    "family that transformers knows."
+                ) from error
             if known is not None and f"`{known}`" in str(error):
                 raise ArchitectureError(
                     f"model {self.name}: family {known!r} is unknown to this transformers version."
@@ -126,11 +136,21 @@ class Source:
             if config.model_type.startswith(pruned.PREFIX):
                 base = _pruned_class(config.model_type, "ForCausalLM")
         try:
-            model, info = base.from_pretrained(self.where, dtype=dtype, output_loading_info=True, **own, **self.arguments)
+            model, info = base.from_pretrained(self.where, dtype=dtype, output_loading_info=True, **own, **self.weights)
         except _UNREADABLE as error:
             raise ConfigError(f"model {self.name} cannot be loaded: {reason(error)}") from error
         if missing := sorted(info["missing_keys"]):  # transformers would fill them at random
             raise ConfigError(f"model {self.name}: {len(missing)} weights are missing from its files, {missing[0]} among them.")
+        if extra := sorted(info["unexpected_keys"]):  # transformers would leave them out
+            raise ConfigError(
+                f"model {self.name}: its files hold {len(extra)} weights that a {type(model).__name__} of its config.json has "
+                f"not, {extra[0]} among them; config.json and weights do not belong together."
+            )
+        broken = sorted(n for n, p in model.named_parameters() if p.is_floating_point() and not _is_finite(p))
+        if broken:
+            raise ConfigError(
+                f"model {self.name}: {len(broken)} weights hold values that are not finite numbers, {broken[0]} among them."
+            )
         if self.gguf_file:
             _forget_quantisation(model)
         elif getattr(model, "is_quantized", False):
@@ -184,6 +204,11 @@ class Source:
         return tokenizer  # type: ignore[no-any-return]
 
 
+def _is_finite(tensor: torch.Tensor) -> bool:
+    """Whether all values are finite; a sum of them is not where one is not, and takes no memory."""
+    return bool(tensor.detach().sum(dtype=torch.float64).isfinite())
+
+
 def _is_part(name: str) -> bool:
     """Whether a file of a model folder is part of the model, rather than something that was put beside it."""
     return name.endswith((".safetensors", ".bin", ".index.json")) or name.startswith(("config.json", "tokenizer"))
@@ -220,9 +245,11 @@ def describe(source: Source) -> tuple[PretrainedConfig, Arch]:
 
     Raises:
         ArchitectureError: the family is not supported.
-        ConfigError: the model cannot be found.
+        ConfigError: the model cannot be found, or it is already pruned.
     """
     config = source.config()
+    if config.model_type.startswith(pruned.PREFIX):
+        raise ConfigError(f"model {source.name} is already pruned; prune its dense base to another size.")
     return config, Arch.from_config(config)
 
 
