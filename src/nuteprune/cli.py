@@ -495,7 +495,8 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' bars; ours are rich's
-    for name in ("torchao", "torch.utils._pytree"):  # peft imports torchao where it is; it tells of GPU files that it lacks
+    # peft imports these where they are; they tell of GPU files and kernels that they lack
+    for name in ("torchao", "torch.utils._pytree", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
         _check_launcher(sys.argv[1:])

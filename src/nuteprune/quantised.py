@@ -33,8 +33,7 @@ def check_available(option: str) -> None:
 
 
 def _library() -> Any:
-    for name in ("bitsandbytes", "bitsandbytes.backends.cpu.ops"):  # tells of kernels that it could download
-        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of kernels that it could download
     import bitsandbytes.functional
 
     return bitsandbytes.functional
