@@ -58,7 +58,9 @@ def job(config: Any) -> None:
     resume(config.out, quiet) if os.path.isdir(config.out) else prune(config, quiet)
 
 
-def shared_job(config: Any, rank: int, count: int, port: int, interrupt_after: int | None, overflow_at: int | None) -> None:
+def shared_job(
+    config: Any, rank: int, count: int, port: int, interrupt_after: int | None, overflow_at: int | None, sharded: bool
+) -> None:
     """One of the processes of a job, as a launcher starts them. The last one hears Ctrl-C, or has a loss that overflows."""
     import dataclasses
 
@@ -66,7 +68,7 @@ def shared_job(config: Any, rank: int, count: int, port: int, interrupt_after: i
 
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_FSDP": str(sharded),
     }  # fmt: skip
     last, steps, real = rank == count - 1, iter(range(10**6)), nuteprune.trainer.head_loss
 

@@ -33,7 +33,11 @@ def _quiet() -> Reporter:
 
 
 def _start(
-    config: PruneConfig, count: int = 2, interrupt_after: int | None = None, overflow_at: int | None = None
+    config: PruneConfig,
+    count: int = 2,
+    interrupt_after: int | None = None,
+    overflow_at: int | None = None,
+    sharded: bool = False,
 ) -> list[int]:
     """Starts the processes of a job and waits; returns their exit codes."""
     context = multiprocessing.get_context("forkserver")  # children need no imports of their own
@@ -41,7 +45,7 @@ def _start(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    arguments = (count, port, interrupt_after, overflow_at)
+    arguments = (count, port, interrupt_after, overflow_at, sharded)
     started = [context.Process(target=others.shared_job, args=(config, rank, *arguments)) for rank in range(count)]
     for process in started:
         process.start()
@@ -56,7 +60,7 @@ def shared(small_run: PruneConfig, tmp_path: Path) -> PruneConfig:
     return small_run.replace(batch_size=4, steps=16, checkpoint_every=4, out=str(tmp_path / "shared"))
 
 
-def _follows(one: Path, two: Path) -> None:
+def _follows(one: Path, two: Path, weights: str = "checkpoints/step-000016/tensors.safetensors") -> None:
     """Two runs that took the same course, but for rounding."""
     a, b = read_metrics(one / "metrics.jsonl"), read_metrics(two / "metrics.jsonl")
     assert len(a) == len(b)
@@ -68,7 +72,7 @@ def _follows(one: Path, two: Path) -> None:
             if x[name] is not None:
                 assert x[name] == pytest.approx(y[name], abs=NEAR, rel=NEAR), (x["step"], name)
     names = sorted(p.name for p in (one / "teachers").iterdir()) if (one / "teachers").is_dir() else []
-    for name in ("checkpoints/step-000016/tensors.safetensors", *(f"teachers/{n}" for n in names)):
+    for name in (weights, *(f"teachers/{n}" for n in names)):
         x, y = load_file(one / name), load_file(two / name)
         assert x.keys() == y.keys()
         for key in x:
@@ -94,6 +98,34 @@ def test_two_processes_follow_one(shared: PruneConfig, options: dict[str, Any], 
     result = json.loads((tmp_path / "shared/result.json").read_text())
     assert alone.figures is not None
     assert result["training_tokens"] == alone.figures.tokens == 16 * 4 * 16
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"hidden_loss": "plain"}, {"gradient_checkpointing": True, "gate_init": "open"}],
+    ids=["plain", "checkpointing"],
+)
+def test_a_parted_base_follows_a_whole_one(shared: PruneConfig, options: dict[str, Any], tmp_path: Path) -> None:
+    """FSDP2: each process holds half of each layer, in a run that is stopped and goes on."""
+    config = shared.replace(**options)
+    alone = prune(config.replace(out=str(tmp_path / "alone")), _quiet())
+    assert _start(config, interrupt_after=9, sharded=True) == [0, 0]
+    assert _start(config, sharded=True) == [0, 0]
+    _follows(alone.run, tmp_path / "shared", "model/model.safetensors")  # its checkpoints hold units that are gone
+    result = json.loads((tmp_path / "shared/result.json").read_text())
+    assert result["largest_logit_difference_float64"] < 1e-9
+
+
+def test_what_needs_whole_weights_is_refused_where_they_are_parted(shared: PruneConfig) -> None:
+    parted = Processes(count=2, sharded=True)
+    parted.check(shared)
+    for options, message in (
+        ({"repair": True}, r"--repair needs whole weights in each process"),
+        ({"load_in": "8bit"}, r"--load-in needs whole weights"),
+        ({"gate_init": "wanda", "prune": ("heads",), "sparsity": 0.1}, r"--gate-init got 'wanda', which reads whole weights"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            parted.check(shared.replace(**options))
 
 
 def test_any_number_of_processes_goes_on_with_a_run(shared: PruneConfig, tmp_path: Path) -> None:
@@ -122,7 +154,7 @@ def test_what_cannot_be_shared_is_refused(
     assert _start(shared.replace(batch_size=3)) == [2, 2]
     assert not (tmp_path / "shared").exists()
     with pytest.raises(ConfigError, match=r"--batch-size got 3; 2 processes share each batch, so allowed is a multiple of 2"):
-        Processes(count=2).check_batch(3)
+        Processes(count=2).check(shared.replace(batch_size=3))
 
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")

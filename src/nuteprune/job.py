@@ -266,7 +266,7 @@ class _Job:
     @classmethod
     def check(cls, config: PruneConfig, processes: Processes, data: bool = True) -> _Job:
         """Every check that needs no weights."""
-        processes.check_batch(config.batch_size)
+        processes.check(config)
         device = pick_device(processes.place(config.device))
         check_trackers(config.track)
         check_available(config.load_in)
@@ -287,16 +287,17 @@ class _Job:
         reporter.say(f"loading {self.source.name} on {self.device}" + (f" in {bits}" if bits in BITS else ""))
         if bits in BITS:
             return quantise(self.source.model(torch.device("cpu"), dtype), self.arch, bits, self.device)
-        return self.source.model(self.device, dtype)
+        return self.source.model(torch.device("cpu") if self.processes.sharded else self.device, dtype)
 
     def fold_into_whole_weights(self, trainer: Trainer) -> None:
-        """Gives a trainer of a quantised base the unquantised weights, read again, under the same masks and LoRA weights.
+        """Gives a trainer of a quantised or parted base the whole weights, read again, under the same masks and LoRA weights.
 
         They lie on the CPU, since the GPU may have no room for them.
         """
         assert trainer.masks is not None
         lora = trainer.masked.lora_copy()
-        trainer.masked.release()
+        if not self.processes.sharded:
+            trainer.masked.release()
         model = self.source.model(torch.device("cpu"), pick_dtype(self.config.dtype, self.device))
         trainer.masked = MaskedModel(model, self.arch, self.config.prune, trainer.lora_options)
         trainer.masked.load_lora(lora)
@@ -375,7 +376,7 @@ class _Job:
 
     def finish(self, run: Path, trainer: Trainer, reporter: Reporter) -> Figures:
         """Compacts, compares, evaluates, writes model/ and result.json."""
-        if trainer.masked.quantised:
+        if trainer.masked.rigid:
             self.fold_into_whole_weights(trainer)
         masked, masks, blocks = trainer.masked, trainer.masks, trainer.blocks
         assert masks is not None

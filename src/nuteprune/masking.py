@@ -146,7 +146,7 @@ class MaskedModel:
         self._dtype = self.model.dtype  # in which the model computes
         if lora is not None:
             self._add_lora(lora, fused)
-        self.quantised = any(isinstance(module, QuantisedLinear) for module in model.modules())
+        self.rigid = any(isinstance(module, QuantisedLinear) for module in model.modules())  # layers cannot be cut
         self._sites = list(self._attach())
         self._bases = dict(self._base_weights())
         self._repaired = False  # whether there are repaired weights
@@ -221,7 +221,7 @@ class MaskedModel:
         """The base model's parameters along axes that roles can do without, by stock name; codes stay whole."""
         for index in range(self.arch.dims.layers):
             for name, shape in self.arch.parameters.items():
-                if not self.quantised and any(dim[0] in (Axis.QUERY, Axis.KV, Axis.INTERMEDIATE) for dim in shape):
+                if not self.rigid and any(dim[0] in (Axis.QUERY, Axis.KV, Axis.INTERMEDIATE) for dim in shape):
                     parameter = self.parameter(index, name)
                     yield f"{self.arch.spec.layers}.{index}.{name}", BaseWeight(parameter, parameter.data, index, shape)
 
@@ -232,6 +232,22 @@ class MaskedModel:
             layer.training = True  # transformers checkpoints layers in training mode; children stay free of dropout
             if isinstance(getattr(layer, "dropout", None), float):
                 object.__setattr__(layer, "dropout", 0.0)  # some layers drop by a rate of their own
+
+    def shard(self, device: torch.device) -> None:
+        """Parts the frozen weights of the layers among all processes (FSDP2) and puts the model on a device.
+
+        A layer's weights are whole only while it runs. LoRA weights, embedding, head and final norm stay whole. Base weights
+        can be neither read nor cut any more.
+        """
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+        self._bases, self.rigid = {}, True
+        own = set(self.lora.values())
+        for layer in self.layers:
+            fully_shard(layer, mesh=mesh, ignored_params=own & set(layer.parameters()))
+        self.model.to(device)  # type: ignore[arg-type]
 
     def compile(self) -> None:
         """Compiles the decoder layers with torch.compile; all layers share the graphs of a role, whatever their widths."""

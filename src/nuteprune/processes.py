@@ -1,8 +1,9 @@
 """Several processes that train one run together: each takes a part of every batch, gradients are averaged, one writes.
 
-`accelerate launch` starts them, on one machine or several. All hold the frozen model, gates and LoRA weights, and move them
-alike; what a step decides, it decides on averages. Only trained weights travel, a few megabytes a step, in one message,
-so nothing is gained by torch's DistributedDataParallel, whose buckets would have to be made anew when masks freeze.
+`accelerate launch` starts them, on one machine or several. All hold gates and LoRA weights, and move them alike; what a
+step decides, it decides on averages. Only gradients of trained weights travel, a few megabytes a step, in one message, so
+nothing is gained by torch's DistributedDataParallel, whose buckets would have to be made anew when masks freeze. The frozen
+model is whole in each process, or its layers are parted among them by FSDP2 (`MaskedModel.shard`).
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nuteprune.config import PruneConfig
 from nuteprune.errors import ConfigError, NutePruneError
+from nuteprune.option_values import flag
 
 PATIENCE = timedelta(hours=12)  # for processes that wait while the main one samples text or exports
 
@@ -38,12 +41,14 @@ class Processes:
         count: of all.
         local: number of this one on its machine.
         device: where messages between them are collected; None where there are none.
+        sharded: whether the frozen model is parted among them.
     """
 
     rank: int = 0
     count: int = 1
     local: int = 0
     device: torch.device | None = None
+    sharded: bool = False
 
     @property
     def main(self) -> bool:
@@ -64,19 +69,19 @@ class Processes:
         if launched() == 1:
             yield cls()
             return
-        for name, what in (("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_FSDP", "FSDP")):
-            if os.environ.get(name, "false").lower() == "true":
-                raise ConfigError(
-                    f"accelerate's configuration asks for {what}, got {name}=true; this trainer keeps the frozen base whole on "
-                    "every device. Launch with --multi_gpu or --cpu; docs/scale.md says what to do when it does not fit."
-                )
+        if _asked("ACCELERATE_USE_DEEPSPEED"):
+            raise ConfigError(
+                "accelerate's configuration asks for DeepSpeed, got ACCELERATE_USE_DEEPSPEED=true; allowed are --multi_gpu "
+                "(the frozen model whole on each GPU) and --use_fsdp (parted, as ZeRO-3 would); see docs/scale.md."
+            )
         from accelerate import PartialState
 
         cpu = device == "cpu" or not torch.cuda.is_available()
         there = dist.is_available() and dist.is_initialized()  # made by the caller of the library
         state = PartialState(cpu=cpu, timeout=PATIENCE)
         try:
-            yield cls(state.process_index, state.num_processes, state.local_process_index, state.device)
+            shared = (state.process_index, state.num_processes, state.local_process_index, state.device)
+            yield cls(*shared, sharded=_asked("ACCELERATE_USE_FSDP"))
         finally:
             if not there:
                 state.destroy_process_group()
@@ -150,16 +155,32 @@ class Processes:
             raise OtherProcessError("the main process ended with an error.")
         return found
 
-    def check_batch(self, size: int) -> None:
-        """Refuses a batch that cannot be shared evenly.
+    def check(self, config: PruneConfig) -> None:
+        """Refuses options that these processes cannot share.
 
         Raises:
-            ConfigError: it cannot.
+            ConfigError: a batch that cannot be parted evenly, or what needs whole weights where they are parted.
         """
-        if size % self.count:
+        if (size := config.batch_size) % self.count:
             raise ConfigError(
                 f"--batch-size got {size}; {self.count} processes share each batch, so allowed is a multiple of {self.count}."
             )
+        if self.sharded:
+            whole = {"repair": config.repair, "compile": config.compile, "load_in": config.load_in != "none"}
+            if asked := [name for name, wanted in whole.items() if wanted]:
+                raise ConfigError(
+                    f"{flag(asked[0])} needs whole weights in each process; leave it out, or launch without FSDP."
+                )
+            if config.gate_init not in ("open", "taylor"):
+                owner = flag("method" if config.one_shot else "gate_init")
+                raise ConfigError(
+                    f"{owner} got {config.gate_init!r}, which reads whole weights; allowed with FSDP are open, taylor."
+                )
+
+
+def _asked(name: str) -> bool:
+    """Whether the launcher set a variable to true."""
+    return os.environ.get(name, "false").lower() == "true"
 
 
 def launched() -> int:

@@ -112,6 +112,8 @@ class Trainer:
 
         self.lora_options = LoraOptions(config.lora_rank, config.alpha, config.lora_targets, config.seed)
         self.masked = MaskedModel(model, arch, config.prune, self.lora_options, fused=fast)
+        if processes.sharded:
+            self.masked.shard(processes.device or torch.device("cpu"))
         if config.gradient_checkpointing:
             self.masked.enable_checkpointing()
         if config.compile:
@@ -155,7 +157,10 @@ class Trainer:
                 f"{self.config.sparsity:g} leaves, so only the intact model will teach; lower it for numerous teachers"
             )
         if self.config.gate_init != "open":
-            self.processes.on_main(lambda: self.start_gates(progress))
+            if self.processes.sharded:  # a forward pass needs all of them
+                self.start_gates(progress)
+            else:
+                self.processes.on_main(lambda: self.start_gates(progress))
             self.processes.spread(self.gates.parameters())
         self.save()
 
@@ -430,7 +435,7 @@ class Trainer:
         self.masks = masks.to(self.masked.device)
         self.frozen_sparsity = torch.tensor(self.size.sparsity(masks))
         self.gates.requires_grad_(False)
-        if self.fast and not self.masked.quantised:  # codes cannot be cut
+        if self.fast and not self.masked.rigid:
             newest = self.policy.record(self.freeze_step, self.state.walk_from, self.state.reached) or INTACT
             teachers = [self.bank.masks(record) for record in range(1, newest + 1)]
             arch = self.masked.arch
