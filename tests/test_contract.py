@@ -21,10 +21,11 @@ from nuteprune.errors import ExportError
 from nuteprune.export.hf import build_compact, check_equal, compact_config, is_stock, stock_config, write_folder
 from nuteprune.export.llamacpp import ARCHITECTURES, least
 from nuteprune.families import FAMILIES
-from nuteprune.masking import LoraOptions, MaskedModel
+from nuteprune.masking import MaskedModel
 from nuteprune.masks import Counts, Masks
 from nuteprune.models import Source
 from nuteprune.precision import WithoutRounding
+from nuteprune.roles import LoraOptions
 from nuteprune.size import BlockSize
 
 MHA = {"num_key_value_heads": 4}

@@ -25,12 +25,13 @@ from nuteprune.estimation.gpus import GPUS, find_gpus, on_gpu
 from nuteprune.estimation.rehearsal import Rehearsal, Stage, miniature, run_time
 from nuteprune.estimation.timetable import Point, rehearsal_steps, timetable
 from nuteprune.job import prune
-from nuteprune.masking import LoraOptions, MaskedModel
+from nuteprune.masking import MaskedModel
 from nuteprune.masks import Masks
 from nuteprune.measuring import FreshProcess, in_fresh_process
 from nuteprune.options import COST_OPTIONS
 from nuteprune.progress import Reporter, read_metrics
 from nuteprune.recipes import SHAPE_DECIDES
+from nuteprune.roles import LoraOptions
 
 # -- timetable ---------------------------------------------------------------------------------------------------------
 

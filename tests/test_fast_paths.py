@@ -16,10 +16,11 @@ from nuteprune.arrangement import Arrangement
 from nuteprune.config import PruneConfig
 from nuteprune.data import Blocks, build_blocks
 from nuteprune.job import prune
-from nuteprune.masking import LoraOptions, MaskedModel
+from nuteprune.masking import MaskedModel
 from nuteprune.masks import Masks
 from nuteprune.models import Source
 from nuteprune.progress import read_metrics
+from nuteprune.roles import LoraOptions
 from nuteprune.trainer import Trainer
 
 IDS = torch.randint(2, 96, (2, 12), generator=torch.Generator().manual_seed(1))

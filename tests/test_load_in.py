@@ -19,9 +19,10 @@ from nuteprune.arch import Arch
 from nuteprune.errors import ConfigError
 from nuteprune.estimation.costs import step_cost
 from nuteprune.linear import MaskedLoraLinear
-from nuteprune.masking import LoraOptions, MaskedModel
+from nuteprune.masking import MaskedModel
 from nuteprune.progress import read_metrics
 from nuteprune.quantised import QuantisedLinear, bytes_in, quantise
+from nuteprune.roles import LoraOptions
 
 CPU = torch.device("cpu")
 OPTIONS = ["8bit", "4bit"]

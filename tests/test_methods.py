@@ -20,9 +20,10 @@ from nuteprune.cli import _merged
 from nuteprune.errors import ConfigError
 from nuteprune.gates import Deterministic, GateSet
 from nuteprune.importance import flap, magnitude, taylor, unit_scores, wanda
-from nuteprune.masking import LoraOptions, MaskedModel
+from nuteprune.masking import MaskedModel
 from nuteprune.progress import read_metrics
 from nuteprune.recipes import CRITERIA
+from nuteprune.roles import LoraOptions
 
 IDS = torch.randint(2, 96, (3, 12), generator=torch.Generator().manual_seed(1))
 

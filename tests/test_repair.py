@@ -19,10 +19,11 @@ from nuteprune.arch import Arch
 from nuteprune.checkpoint import checkpoints
 from nuteprune.errors import TrainingError
 from nuteprune.export.hf import check_equal
-from nuteprune.masking import LoraOptions, MaskedModel
+from nuteprune.masking import MaskedModel
 from nuteprune.masks import Masks
 from nuteprune.progress import read_metrics
 from nuteprune.repair import repair
+from nuteprune.roles import LoraOptions
 from nuteprune.size import BlockSize
 
 IDS = torch.randint(2, 96, (12, 16), generator=torch.Generator().manual_seed(1))

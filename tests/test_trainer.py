@@ -175,7 +175,8 @@ def test_teacher_roles_leave_the_student_as_it_was(monkeypatch: pytest.MonkeyPat
     from conftest import random_masks, tiny_config, tiny_model
 
     from nuteprune.arch import Arch
-    from nuteprune.masking import LoraOptions, MaskedModel, Role
+    from nuteprune.masking import MaskedModel
+    from nuteprune.roles import LoraOptions, Role
 
     config = tiny_config()
     arch = Arch.from_config(config)

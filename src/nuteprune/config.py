@@ -17,7 +17,8 @@ from typing import Any
 import yaml
 
 from nuteprune.errors import ConfigError
-from nuteprune.option_values import check_fields, checked_type, flag, option, parse_shape, read_yaml
+from nuteprune.option_rules import check_options
+from nuteprune.option_values import check_fields, checked_type, flag, option, read_yaml
 from nuteprune.recipes import CRITERIA, METHOD_DECIDES, RECIPES, SHAPE_DECIDES
 
 UNITS = ("heads", "intermediate", "hidden", "attention", "mlp", "layers")
@@ -332,104 +333,7 @@ class PruneConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        self._check_ranges()
-
-    def _check_ranges(self) -> None:
-        def need(name: str, ok: bool, allowed: str) -> None:
-            if not ok:
-                raise ConfigError(f"{flag(name)} got {getattr(self, name)!r}; allowed is {allowed}.")
-
-        need("sparsity", 0.0 < self.sparsity < 1.0, "a share between 0 and 1, such as 0.25")
-        for name in ("prune", "data", "lora_targets"):
-            need(name, len(getattr(self, name)) > 0, "at least one value")
-        need("prune", len(set(self.prune)) == len(self.prune), "each unit once")
-        need("track", len(set(self.track)) == len(self.track), "each tracker once")
-        blocks = [u for u in ("attention", "mlp") if u in self.prune]
-        if "layers" in self.prune and blocks:
-            raise ConfigError(f"--prune got layers and {blocks[0]}; layers are both blocks at once, so give one or the other.")
-        if self.uniform and blocks:
-            raise ConfigError(f"--prune got {blocks[0]} with --uniform, whose layers are alike; prune layers instead.")
-        shape = parse_shape(self.target_shape)
-        if self.head_unit != "group" and "heads" not in (shape or self.prune):
-            raise ConfigError("--head-unit got 'query', but no heads are pruned; add them, or leave --head-unit out.")
-        if self.target_shape and self.control != "projection":
-            raise ConfigError(f"--control got {self.control!r}; with --target-shape allowed is projection.")
-        if self.steps is not None and self.tokens is not None:
-            raise ConfigError(f"--steps {self.steps} and --tokens {self.tokens} were both given; give one of them.")
-        for name in (
-            "batch_size", "lora_rank", "round_heads", "round_intermediate", "round_hidden", "gate_init_batches",
-            "checkpoint_every", "keep_checkpoints", "repair_batches", "passes",
-        ):  # fmt: skip
-            need(name, getattr(self, name) >= 1, "a whole number of at least 1")
-        need("seq_len", self.seq_len >= 2, "a whole number of at least 2")
-        need("seed", 0 <= self.seed < 2**63, "a whole number from 0")
-        for name in ("teacher_lag", "max_skipped"):
-            need(name, getattr(self, name) >= 0, "a whole number from 0")
-        least, none = 2 * self.batch_size * self.seq_len, (0,) if self.one_shot else ()  # 0: cut, but do not train
-        at_least = "0, or at least" if none else "at least"
-        need("steps", self.steps is None or self.steps in none or self.steps >= 2, f"{at_least} 2")
-        need("tokens", self.tokens is None or self.tokens in none or self.tokens >= least, f"{at_least} two steps' worth")
-        for name in ("warmup", "recovery"):
-            need(name, 0.0 <= getattr(self, name) < 1.0, "a share from 0 to below 1")
-        self._check_criteria()
-        self._check_idle()
-        for name in ("repair", "compile"):
-            if self.load_in != "none" and getattr(self, name):
-                raise ConfigError(
-                    f"--load-in {self.load_in} and {flag(name)} were both given; codes of fewer bits are neither repaired nor "
-                    "compiled, so leave one of them out."
-                )
-        if self.warmup + self.recovery > 1.0:
-            raise ConfigError(
-                f"--warmup {self.warmup:g} and --recovery {self.recovery:g} add up to more than 1; masks are frozen after "
-                "the ramp, so lower one of them."
-            )
-        for name in ("lr", "gate_lr", "control_lr", "temperature", "repair_damping", "lora_plus"):
-            need(name, getattr(self, name) > 0, "a number above 0")
-        for name in ("weight_decay", "grad_clip", "kl_weight", "hidden_weight", "lm_weight"):
-            need(name, getattr(self, name) >= 0, "a number from 0")
-        need("lora_alpha", self.lora_alpha is None or self.lora_alpha > 0, "a number above 0")
-        need("snapshot_every", 0.001 <= self.snapshot_every <= 0.5, "a share from 0.001 to 0.5")
-        width = self.gate_width
-        need("gate_width", len(width) == 2 and width[0] >= width[1] > 0, "two numbers, start,end, with start >= end > 0")
-        if self.teachers != "none":
-            hidden = self.hidden_weight if self.hidden_loss != "none" else 0.0
-            if self.kl_weight + hidden + self.lm_weight == 0:
-                raise ConfigError("--kl-weight, --hidden-weight and --lm-weight are all 0; give at least one loss a weight.")
-
-    def _check_criteria(self) -> None:
-        """Refuses criteria and teachers that do not go with the other options."""
-        owner, where = ("method" if self.one_shot else "gate_init"), ("target_shape" if self.target_shape else "prune")
-        units = parse_shape(self.target_shape) or self.prune
-        if self.gate_init in ("wanda", "flap") and (bad := [k for k in units if k not in ("heads", "intermediate")]):
-            raise ConfigError(
-                f"{flag(where)} got {bad[0]} with {flag(owner)} {self.gate_init}, which scores heads and intermediate; prune "
-                "those, or give taylor or magnitude."
-            )
-        if self.passes > 1 and (not self.one_shot or self.method == "magnitude"):
-            raise ConfigError(
-                f"--passes got {self.passes} with --method {self.method}; allowed is 1, or one of "
-                f"{', '.join(c for c in CRITERIA if c != 'magnitude')}, whose importance changes with what is cut."
-            )
-        if self.one_shot and self.gate_init != self.method:
-            raise ConfigError(f"--gate-init got {self.gate_init!r}; with --method {self.method} allowed is {self.method}.")
-        if self.one_shot and self.teachers == "numerous":
-            raise ConfigError(
-                f"--teachers got 'numerous'; --method {self.method} cuts at once and leaves no records. Allowed are intact, "
-                "none."
-            )
-
-    def _check_idle(self) -> None:
-        """Refuses options that would do nothing because of another."""
-        idle = {"repair_batches": ("repair", False), "repair_damping": ("repair", False), "head_bias": ("gate_init", "flap")}
-        defaults = {f.name: f.default for f in dataclasses.fields(self)}
-        for name, (owner, value) in idle.items():
-            if getattr(self, owner) == value and getattr(self, name) != defaults[name]:
-                named = "method" if owner == "gate_init" and self.one_shot else owner
-                given = f"without --{owner}" if value is False else f"with {flag(named)} {value}"
-                raise ConfigError(
-                    f"{flag(name)} got {getattr(self, name):g} {given}, where it does nothing; leave one of them out."
-                )
+        check_options(self)
 
     @property
     def one_shot(self) -> bool:

@@ -32,7 +32,7 @@ from nuteprune.export.options import K_TYPES, PLAIN, SHARD, ExportOptions, parse
 from nuteprune.export.provenance import may_replace, write_provenance
 from nuteprune.files import atomic_file, atomic_folder, save_text, unwritable_parent
 from nuteprune.job import BLOCKS, check_model, compared_text, pick_save_dtype
-from nuteprune.masking import LoraOptions, MaskedModel
+from nuteprune.masking import MaskedModel
 from nuteprune.masks import Counts, Masks
 from nuteprune.models import Source, pick_device, run_dtype
 from nuteprune.passage import PASSAGE
@@ -40,6 +40,7 @@ from nuteprune.progress import Reporter
 from nuteprune.report.card import model_card
 from nuteprune.report.exported import exported_facts
 from nuteprune.report.facts import CONFIG, RunFacts
+from nuteprune.roles import LoraOptions
 from nuteprune.snapshots import SAME, Run, Stored
 from nuteprune.teachers import INTACT
 

@@ -32,7 +32,7 @@ from nuteprune.errors import ConfigError, TrainingError
 from nuteprune.evaluation.perplexity import Perplexity, blocks_perplexity
 from nuteprune.export.hf import Equality, check_equal, compact_config, is_stock, stock_config, write_folder
 from nuteprune.files import atomic_folder, save_json, save_tensors, save_text, unwritable_parent
-from nuteprune.masking import LoraOptions, MaskedModel
+from nuteprune.masking import MaskedModel
 from nuteprune.models import DTYPES, Source, describe, pick_device, pick_dtype
 from nuteprune.option_values import flag
 from nuteprune.plan import make_discretiser, settled
@@ -41,6 +41,7 @@ from nuteprune.progress import MetricsFile, Reporter
 from nuteprune.quantised import BITS, check_available, quantise
 from nuteprune.report.card import model_card
 from nuteprune.report.facts import CONFIG, ENVIRONMENT, MASKS, METRICS, MODEL, RESULT, Figures, RunFacts, origin
+from nuteprune.roles import LoraOptions
 from nuteprune.sample import model_sampler
 from nuteprune.tracking import Trackers, check_trackers
 from nuteprune.trainer import Trainer

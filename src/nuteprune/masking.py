@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,105 +17,18 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from nuteprune.arch import BLOCKS, Arch, Axis, Dim, Linear, layers, submodule
+from nuteprune.arch import BLOCKS, Arch, Axis, Dim, layers, submodule
 from nuteprune.arrangement import Arrangement, Widths
-from nuteprune.errors import ConfigError
 from nuteprune.linear import MaskedLoraLinear, mask_hooks
 from nuteprune.masks import Masks
 from nuteprune.precision import half_autocast
 from nuteprune.quantised import QuantisedLinear
+from nuteprune.roles import BaseWeight, LoraOptions, Role, Site
 
 # Where the mask of a kind acts: on the input of the linears that read this axis.
 _INPUT_AXES = {"heads": Axis.QUERY, "intermediate": Axis.INTERMEDIATE}
 
-Site = tuple[str, int]  # what is multiplied there, and the layer; 0 where all layers share it
-
-
-@dataclass(frozen=True)
-class LoraOptions:
-    """LoRA of all decoder layers.
-
-    Attributes:
-        rank: rank r.
-        alpha: the branch is scaled by alpha / r.
-        targets: names of linear modules, or ("all",).
-        seed: seed of the initial A matrices.
-    """
-
-    rank: int
-    alpha: float
-    targets: tuple[str, ...] = ("all",)
-    seed: int = 0
-
-    def modules(self, arch: Arch) -> list[str]:
-        """Paths inside a layer of the modules that get LoRA.
-
-        Raises:
-            ConfigError: a target that the family does not have.
-        """
-        known = {
-            path.rpartition(".")[2]: path
-            for path, part in arch.spec.block.items()
-            if isinstance(part, Linear) and f"{path}.weight" in arch.parameters
-        }
-        if self.targets == ("all",):
-            return list(known.values())
-        for target in self.targets:
-            if target not in known:
-                raise ConfigError(f"--lora-targets got {target!r}; allowed are all, {', '.join(known)}.")
-        return [known[t] for t in self.targets]
-
-
 Observer = Callable[[int, Tensor], None]
-
-
-@dataclass(frozen=True)
-class Role:
-    """What the model plays: a student or teacher.
-
-    Attributes:
-        scales: mask values by site, as modules take them; empty for no masks.
-        lora: LoRA weights by name; None for none (in `playing`).
-        widths: units computed in each layer.
-        repaired: whether repaired weights take the place of the base's (`MaskedModel.repair`).
-    """
-
-    scales: dict[Site, Tensor]
-    lora: dict[str, Tensor] | None
-    widths: Widths
-    repaired: bool = False
-
-
-@dataclass
-class BaseWeight:
-    """A frozen parameter of a layer that roles can use in part, or repaired.
-
-    Attributes:
-        parameter: the module's parameter.
-        full: its whole data.
-        layer: layer index.
-        shape: its dimensions.
-        repaired: whole data in place of `full` in repaired roles, or None.
-    """
-
-    parameter: nn.Parameter
-    full: Tensor
-    layer: int
-    shape: tuple[Dim, ...]
-    repaired: Tensor | None = None
-
-    @property
-    def every(self) -> list[Tensor]:
-        """All whole data there is."""
-        return [self.full] if self.repaired is None else [self.full, self.repaired]
-
-    def play(self, arrangement: Arrangement | None, widths: Widths, repaired: bool) -> None:
-        """Lets the module see the first units only, of the repaired data if asked for and there; a view."""
-        data = self.repaired if repaired and self.repaired is not None else self.full
-        for position, dim in enumerate(self.shape):
-            index = None if arrangement is None else arrangement.index(dim, self.layer, widths)
-            data = data if index is None else data.narrow(position, 0, len(index))
-        self.parameter.data = data
 
 
 class MaskedModel:

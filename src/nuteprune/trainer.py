@@ -36,12 +36,13 @@ from nuteprune.gates import Deterministic, Gate, GateSet, HardConcrete
 from nuteprune.importance import unit_scores
 from nuteprune.learning_rate import lr_factor
 from nuteprune.losses import HiddenLoss, head_loss
-from nuteprune.masking import LoraOptions, MaskedModel, Role
+from nuteprune.masking import MaskedModel
 from nuteprune.masks import Masks
 from nuteprune.plan import last_record, make_discretiser
 from nuteprune.processes import Processes
 from nuteprune.repair import STAGE as REPAIR
 from nuteprune.repair import repair
+from nuteprune.roles import LoraOptions, Role
 from nuteprune.size import BlockSize, Unit
 from nuteprune.teachers import INTACT, REPAIRED, Snapshot, TeacherBank, TeacherPolicy, teacher_name
 

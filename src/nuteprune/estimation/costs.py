@@ -26,9 +26,10 @@ from nuteprune.config import PruneConfig
 from nuteprune.gates import unit_shapes
 from nuteprune.job import pick_save_dtype
 from nuteprune.losses import chunks
-from nuteprune.masking import LoraOptions, MaskedModel
+from nuteprune.masking import MaskedModel
 from nuteprune.masks import Masks
 from nuteprune.quantised import BITS, bytes_in
+from nuteprune.roles import LoraOptions
 from nuteprune.size import BlockSize
 
 # Bytes for a value of the logits in `losses`, counted on real tensors: live at once in a chunk, and read and written.

@@ -19,9 +19,10 @@ from nuteprune.errors import ConfigError
 from nuteprune.export.provenance import FILE as PROVENANCE
 from nuteprune.export.provenance import fingerprint, read_provenance, write_provenance
 from nuteprune.files import save_tensors, save_text
-from nuteprune.masking import LoraOptions, MaskedModel
+from nuteprune.masking import MaskedModel
 from nuteprune.masks import Masks
 from nuteprune.models import Source, describe
+from nuteprune.roles import LoraOptions
 from nuteprune.teachers import REPAIRED, Snapshot, read_repaired
 
 ADAPTER_CONFIG, ADAPTER, MASKS = "adapter_config.json", "adapter_model.safetensors", "masks.safetensors"
