@@ -7,7 +7,7 @@ import signal
 import time
 from typing import Any
 
-from nuteprune.errors import ConfigError
+from nuteprune.errors import ConfigError, NutePruneError
 
 
 def fill(megabytes: int) -> int:
@@ -81,6 +81,6 @@ def shared_job(
     nuteprune.trainer.head_loss = head_loss
     try:
         job(config)
-    except ConfigError as error:
+    except NutePruneError as error:
         print(error)
         raise SystemExit(2) from None

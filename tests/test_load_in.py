@@ -26,6 +26,7 @@ from nuteprune.roles import LoraOptions
 
 CPU = torch.device("cpu")
 OPTIONS = ["8bit", "4bit"]
+PHI = {"q_proj": "qkv_proj"}
 FAMILIES = ["llama", "qwen2", "phi3", "opt"]  # plain, with biases, projections in one matrix, other names
 
 
@@ -54,12 +55,14 @@ def _noted(tensor: torch.Tensor, kept: list[torch.Size]) -> torch.Tensor:
     return tensor
 
 
+@pytest.mark.parametrize("targets", [("all",), ("q_proj",)], ids=["all", "one"])
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_training_on_codes_is_training_on_what_they_stand_for(family: str, option: str) -> None:
+def test_training_on_codes_is_training_on_what_they_stand_for(family: str, option: str, targets: tuple[str, ...]) -> None:
     """Outputs and all gradients; and no weight is kept for the backward pass."""
     config = tiny_config(family)
     arch = Arch.from_config(config)
+    named_targets = [PHI.get(target, target) if family == "phi3" else target for target in targets]
     coded, plain = quantise(tiny_model(config), arch, option, CPU), tiny_model(config)
     named = dict(plain.named_modules())
     with torch.no_grad():
@@ -69,7 +72,7 @@ def test_training_on_codes_is_training_on_what_they_stand_for(family: str, optio
     ids = torch.arange(5, 45).reshape(2, 20)
     found = []
     for model in (coded, plain):
-        masked = MaskedModel(model, arch, KINDS, LoraOptions(2, 4.0))
+        masked = MaskedModel(model, arch, KINDS, LoraOptions(2, 4.0, tuple(named_targets)))
         assert all(isinstance(t, MaskedLoraLinear) for t in masked._tuners)
         torch.manual_seed(1)
         for parameter in masked.lora.values():

@@ -14,16 +14,20 @@ from typing import Any
 import others
 import pytest
 import torch
+from conftest import tiny_config, tiny_model
 from rich.console import Console
 from safetensors.torch import load_file
 
 from nuteprune import cli
+from nuteprune.arch import Arch
 from nuteprune.checkpoint import checkpoints, damage
 from nuteprune.config import PruneConfig
 from nuteprune.errors import ConfigError
 from nuteprune.job import prune, resume
+from nuteprune.masking import MaskedModel
 from nuteprune.processes import Processes
 from nuteprune.progress import Reporter, read_metrics
+from nuteprune.roles import LoraOptions
 
 NEAR = 1e-5
 
@@ -51,8 +55,12 @@ def _start(
         process.start()
     for process in started:
         process.join(120)
+    hung = [process.is_alive() for process in started]
+    for process in started:
         process.kill()
-    return [process.exitcode or 0 for process in started]
+        process.join()
+    assert not any(hung), "processes wait for each other"
+    return [process.exitcode if process.exitcode is not None else -1 for process in started]
 
 
 @pytest.fixture
@@ -116,9 +124,34 @@ def test_a_parted_base_follows_a_whole_one(shared: PruneConfig, options: dict[st
     assert result["largest_logit_difference_float64"] < 1e-9
 
 
+def test_a_layer_is_whole_only_while_it_runs() -> None:
+    from torch.distributed.tensor import DTensor
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        config = tiny_config()
+        masked = MaskedModel(tiny_model(config), Arch.from_config(config), ("heads",), LoraOptions(2, 4.0))
+        masked.shard(torch.device("cpu"))
+
+        def parted() -> list[bool]:
+            return [all(isinstance(p, DTensor) for p in layer.parameters() if not p.requires_grad) for layer in masked.layers]
+
+        running: list[list[bool]] = []
+        masked.layers[1].self_attn.register_forward_pre_hook(lambda *_: running.append(parted()))  # type: ignore[union-attr,operator]
+        states = masked.forward(torch.arange(20).view(2, 10))
+        assert running == [[True, False, True]]
+        assert parted() == [True, True, True]
+        states.sum().backward()
+        assert parted() == [True, True, True]
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_what_needs_whole_weights_is_refused_where_they_are_parted(shared: PruneConfig) -> None:
     parted = Processes(count=2, sharded=True)
     parted.check(shared)
+    with pytest.raises(ConfigError, match=r"--device got 'cuda:3'; each of several processes takes its own GPU"):
+        Processes(count=2).check(shared.replace(device="cuda:3"))
     for options, message in (
         ({"repair": True}, r"--repair needs whole weights in each process"),
         ({"load_in": "8bit"}, r"--load-in needs whole weights"),
@@ -180,7 +213,7 @@ def test_processes_part_a_batch_and_each_takes_its_gpu() -> None:
     assert Processes().share(batch) is not None
     assert torch.equal(Processes().share(batch), batch)
     gpus = Processes(rank=5, count=8, local=1, device=torch.device("cuda:1"))
-    assert [gpus.place(name) for name in ("auto", "cuda", "cuda:3", "cpu")] == ["cuda:1", "cuda:1", "cuda:3", "cpu"]
+    assert [gpus.place(name) for name in ("auto", "cuda", "cpu")] == ["cuda:1", "cuda:1", "cpu"]
     assert [Processes().place(name) for name in ("auto", "cuda")] == ["auto", "cuda"]
 
 

@@ -41,7 +41,8 @@ def save_checkpoint(
     Returns:
         The checkpoint's path.
     """
-    path = folder / f"step-{step:06d}"
+    path = checkpoint_path(folder, step)
+    checkpoints(folder)  # puts back what a kill left
     for leftover in folder.glob(".step-*"):  # of a process that was killed while writing
         shutil.rmtree(leftover)
     with atomic_folder(path) as temporary:
@@ -54,39 +55,58 @@ def save_checkpoint(
     return path
 
 
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step is."""
+    return folder / f"step-{step:06d}"
+
+
+def step_of(path: Path) -> int:
+    """The step of a checkpoint: steps done."""
+    return int(path.name.removeprefix("step-"))
+
+
 def checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints, oldest first."""
-    return sorted(p for p in folder.glob("step-*") if (p / MANIFEST).is_file())
+    """Checkpoints, oldest first, damaged or not; one that a kill left under another name is put back."""
+    for old in folder.glob(".step-*.old"):
+        whole = folder / old.name.removeprefix(".").removesuffix(".old")
+        if not whole.exists():
+            os.replace(old, whole)
+    return sorted(p for p in folder.glob("step-*") if p.is_dir())
 
 
-def load_checkpoint(folder: Path, warn: Callable[[str], None]) -> tuple[dict[str, Tensor], dict[str, Any], list[Path]]:
+def pick_checkpoint(folder: Path, warn: Callable[[str], None]) -> Path:
     """The newest checkpoint that is undamaged.
 
     Args:
         folder: the run's folder of checkpoints.
         warn: told which checkpoints are damaged, and how.
 
-    Returns:
-        Its tensors, its state, and newer checkpoints, which are damaged and can go.
-
     Raises:
         ConfigError: there is none.
     """
-    found = checkpoints(folder)
-    if not found:
-        raise ConfigError(f"run {folder.parent} has no checkpoint to go on from; start it again with nuteprune prune.")
-    damaged: list[tuple[Path, str]] = []
-    for path in reversed(found):
+    damaged: list[tuple[str, str]] = []
+    for path in reversed(checkpoints(folder)):
         if (why := damage(path)) is None:
-            break
-        damaged.append((path, why))
-    else:
-        told = "; ".join(f"{path.name}: {why}" for path, why in damaged)
-        raise ConfigError(f"run {folder.parent} has no undamaged checkpoint ({told}); start it again with nuteprune prune.")
-    tensors, state = load_file(path / TENSORS), json.loads((path / STATE).read_text(encoding="utf-8"))
-    for worse, why in damaged:
-        warn(f"checkpoint {worse} is damaged ({why}), so the run goes on from {path.name}, the one before it")
-    return tensors, state, [worse for worse, _ in damaged]
+            for name, reason in damaged:
+                warn(f"checkpoint {name} is damaged ({reason}), so the run goes on from {path.name}, the one before it")
+            return path
+        damaged.append((path.name, why))
+    if not damaged:
+        raise ConfigError(f"run {folder.parent} has no checkpoint to go on from; start it again with nuteprune prune.")
+    told = "; ".join(f"{name}: {reason}" for name, reason in damaged)
+    raise ConfigError(f"run {folder.parent} has no undamaged checkpoint ({told}); start it again with nuteprune prune.")
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and state of a checkpoint."""
+    return load_file(path / TENSORS), json.loads((path / STATE).read_text(encoding="utf-8"))
+
+
+def remove_later(path: Path) -> None:
+    """Removes checkpoints that are newer than one, because the run makes them again."""
+    for later in checkpoints(path.parent):
+        if step_of(later) > step_of(path):
+            shutil.rmtree(later)
 
 
 def damage(path: Path) -> str | None:
@@ -113,6 +133,8 @@ def damaged_file(folder: Path, file: Path) -> str | None:
             manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
             digest = manifest["own"][file.name] if file.parent == path else manifest["run"].get(_below(file, folder))
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            if file.parent == path:
+                return f"{MANIFEST} of {path.name} cannot be read"
             continue
         if digest is not None:
             return _differs(file, digest, folder.parent)

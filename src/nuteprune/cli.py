@@ -18,6 +18,7 @@ from rich.table import Table
 from nuteprune.config import PruneConfig
 from nuteprune.errors import ConfigError, NutePruneError
 from nuteprune.finetuning.options import FinetuneOptions
+from nuteprune.launcher import is_first, launched
 from nuteprune.option_values import read_yaml
 from nuteprune.options import COST_OPTIONS, config_options
 from nuteprune.recipes import METHOD_DECIDES, RECIPES, SHAPE_DECIDES
@@ -172,6 +173,8 @@ def resume_command(
     from nuteprune.job import resume
 
     if is_finetuning(run):
+        if launched() > 1:
+            raise ConfigError(f"fine-tuning {run} works in one process, got {launched()}; start it without the launcher.")
         _finish_tuning(resume_finetune(run, _reporter(quiet)))
     else:
         _finish(resume(run, _reporter(quiet)))
@@ -509,7 +512,8 @@ def main() -> None:
             print(f"nuteprune: {error.format_message().rstrip('.')}; see {path} --help.", file=sys.stderr)
         sys.exit(2)
     except NutePruneError as error:
-        if os.environ.get("RANK", "0") == "0":  # of processes that share a run, one speaks
+        met = getattr(sys.modules.get("nuteprune.processes"), "met", False)  # then they have agreed on who speaks
+        if type(error).__name__ != "OtherProcessError" if met else is_first():
             print(f"nuteprune: {error}", file=sys.stderr)
         sys.exit(2)
 
@@ -520,10 +524,10 @@ def _check_launcher(arguments: list[str]) -> None:
     Raises:
         ConfigError: a launcher started several of a command that is for one.
     """
-    count, command = os.environ.get("WORLD_SIZE", "1"), next(iter(arguments), "")
-    if "RANK" in os.environ and count != "1" and command not in ("prune", "resume"):
+    command = next(iter(arguments), "")
+    if launched() > 1 and command not in ("prune", "resume"):
         raise ConfigError(
-            f"{command or 'nuteprune'} works in one process, got {count} of a launcher; only prune and resume share their "
+            f"{command or 'nuteprune'} works in one process, got {launched()} of a launcher; only prune and resume share their "
             "work. Start it without the launcher."
         )
 

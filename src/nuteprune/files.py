@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -34,9 +33,9 @@ def room(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        told = re.search(r"\(os error (\d+)\)", str(error))  # how safetensors tells the number
-        number = int(told[1]) if isinstance(error, SafetensorError) and told else getattr(error, "errno", None)
+    except Exception as error:
+        told = re.search(r"\(os error (\d+)\)", str(error))  # how safetensors and tokenizers tell the number
+        number = int(told[1]) if told else getattr(error, "errno", None)
         if number not in FULL and not isinstance(error, DiskFullError):
             raise
         free = shutil.disk_usage(next(p for p in path.absolute().parents if p.exists())).free

@@ -33,14 +33,14 @@ from nuteprune.evaluation.perplexity import Perplexity, blocks_perplexity
 from nuteprune.export.hf import Equality, check_equal, compact_config, is_stock, stock_config, write_folder
 from nuteprune.files import atomic_folder, save_json, save_tensors, save_text, unwritable_parent
 from nuteprune.masking import MaskedModel
-from nuteprune.models import DTYPES, Source, describe, pick_device, pick_dtype
+from nuteprune.models import DTYPES, Source, describe, pick_device, pick_dtype, run_dtype
 from nuteprune.option_values import flag
 from nuteprune.plan import make_discretiser, settled
 from nuteprune.processes import Processes
 from nuteprune.progress import MetricsFile, Reporter
 from nuteprune.quantised import BITS, check_available, quantise
 from nuteprune.report.card import model_card
-from nuteprune.report.facts import CONFIG, ENVIRONMENT, MASKS, METRICS, MODEL, RESULT, Figures, RunFacts, origin
+from nuteprune.report.facts import CONFIG, ENVIRONMENT, MASKS, METRICS, MODEL, RESULT, Figures, RunFacts, origin, read_object
 from nuteprune.roles import LoraOptions
 from nuteprune.sample import model_sampler
 from nuteprune.tracking import Trackers, check_trackers
@@ -93,8 +93,8 @@ def prune(config: PruneConfig, reporter: Reporter | None = None) -> PruneResult:
     run = Path(config.out)
     with Processes.joined(config.device) as processes:
         reporter = _voice(reporter, processes)
+        job = processes.together(lambda: _Job.check(config, processes))
         processes.on_main(lambda: check_folder(run))
-        job = _Job.check(config, processes)
 
         def begin() -> PreTrainedModel:
             with atomic_folder(run) as temporary:
@@ -103,7 +103,8 @@ def prune(config: PruneConfig, reporter: Reporter | None = None) -> PruneResult:
             return model
 
         with _memory_errors(config):
-            model = processes.on_main(begin) or job.load(reporter)
+            begun = processes.on_main(begin)
+            model = processes.together(lambda: begun or job.load(reporter))
             return job.train_and_finish(run, model, reporter)
 
 
@@ -122,11 +123,20 @@ def resume(run: str | Path, reporter: Reporter | None = None) -> PruneResult:
         raise ConfigError(f"run {run} has no {CONFIG} or {BLOCKS}; give the folder that nuteprune prune --out wrote.")
     if (run / RESULT).is_file() and (run / MODEL).is_dir():
         raise ConfigError(f"run {run} is complete; its model is in {run / MODEL}.")
-    config = PruneConfig.of_run(run / CONFIG)
+    config, began = PruneConfig.of_run(run / CONFIG), read_object(run / ENVIRONMENT)
+    if (parent := unwritable_parent(run / RESULT)) is not None:
+        raise ConfigError(f"run {run} cannot be gone on with: {parent} is not a folder that can be written to.")
+    config = config.replace(dtype=str(run_dtype(config, began)).removeprefix("torch."))  # also on another machine
     with Processes.joined(config.device) as processes, _memory_errors(config):
         reporter = _voice(reporter, processes)
-        job = _Job.check(config, processes, data=False)
-        return job.train_and_finish(run, job.load(reporter), reporter)
+        job = processes.together(lambda: _Job.check(config, processes, data=False))
+        if (was := began.get("fingerprint")) not in (None, now := job.source.fingerprint()):
+            raise ConfigError(
+                f"run {run} began with another model in {job.source.name} (fingerprint {was}, now {now}), so it cannot be gone "
+                "on with; put it back, or start a new run."
+            )
+        model = processes.together(lambda: job.load(reporter))
+        return job.train_and_finish(run, model, reporter)
 
 
 def _voice(reporter: Reporter | None, processes: Processes) -> Reporter:
@@ -225,7 +235,7 @@ def _memory_errors(config: PruneConfig) -> Iterator[None]:
 def interruptible(reporter: Reporter) -> Iterator[Callable[[], bool]]:
     """Turns the first Ctrl-C (and SIGTERM) into a request to stop after the step; a second Ctrl-C ends at once.
 
-    A launcher sends SIGTERM after a Ctrl-C that the processes have heard too, so SIGTERM is never the second one.
+    SIGTERM is never the second one: where a launcher passes on a Ctrl-C, processes in its terminal have heard it already.
 
     Yields:
         A function that says whether a stop was asked for.
@@ -315,7 +325,7 @@ class _Job:
             yield from model_sampler(model, self.tokenizer, folder / "data/self.jsonl", config.seed, progress)(wanted)
 
         save_text(folder / CONFIG, config.to_yaml())
-        about = environment(self.device) | {"processes": self.processes.count}
+        about = environment(self.device) | {"processes": self.processes.count, "fingerprint": self.source.fingerprint()}
         save_json(folder / ENVIRONMENT, about | origin(self.source, config.data))
         with reporter.counter("sampling text from the model" if SELF in config.data else "tokenising") as progress:
             build_blocks(
@@ -334,12 +344,15 @@ class _Job:
 
     def train_and_finish(self, run: Path, model: PreTrainedModel, reporter: Reporter) -> PruneResult:
         """Trains from where the run stands, then exports and evaluates."""
-        blocks = Blocks.open(run / BLOCKS)
-        trainer = Trainer(
-            self.config, model, self.arch, blocks, run, reporter.warn, counter=reporter.counter, processes=self.processes
+        shared = self.processes
+        blocks = shared.together(lambda: Blocks.open(run / BLOCKS))
+        trainer = shared.together(
+            lambda: Trainer(
+                self.config, model, self.arch, blocks, run, reporter.warn, counter=reporter.counter, processes=shared
+            )
         )
         try:
-            if checkpoints(run / "checkpoints"):
+            if shared.any(shared.main and bool(checkpoints(run / "checkpoints"))):
                 trainer.load()
                 reporter.say(f"going on from step {trainer.state.step} of {trainer.total}")
             else:
@@ -357,22 +370,23 @@ class _Job:
 
     def train(self, run: Path, trainer: Trainer, reporter: Reporter) -> bool:
         """The steps; whether they are complete."""
-        if not self.processes.main:
-            with interruptible(reporter) as stop:
-                return trainer.run(lambda line: None, stop)
-        metrics = MetricsFile(run / METRICS, trainer.state.step)
-        trackers = Trackers(self.config, run, reporter.warn)
+        writers = self.processes.on_main(
+            lambda: (MetricsFile(run / METRICS, trainer.state.step), Trackers(self.config, run, reporter.warn))
+        )
 
         def log(line: dict[str, Any]) -> None:
-            metrics.add(line)
-            trackers.log(line)
+            if writers is not None:
+                metrics, trackers = writers
+                metrics.add(line)
+                trackers.log(line)
             reporter.step(line, trainer.total)
 
         try:
             with interruptible(reporter) as stop:
                 return trainer.run(log, stop)
         finally:
-            trackers.close()
+            if writers is not None:
+                writers[1].close()
             reporter.close()
 
     def finish(self, run: Path, trainer: Trainer, reporter: Reporter) -> Figures:

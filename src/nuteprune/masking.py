@@ -159,7 +159,7 @@ class MaskedModel:
         self._bases, self.rigid = {}, True
         own = set(self.lora.values())
         for layer in self.layers:
-            fully_shard(layer, mesh=mesh, ignored_params=own & set(layer.parameters()))
+            fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=own & set(layer.parameters()))
         self.model.to(device)  # type: ignore[arg-type]
 
     def compile(self) -> None:

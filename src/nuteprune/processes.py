@@ -8,7 +8,6 @@ model is whole in each process, or its layers are parted among them by FSDP2 (`M
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,15 +20,18 @@ from torch import Tensor
 
 from nuteprune.config import PruneConfig
 from nuteprune.errors import ConfigError, NutePruneError
+from nuteprune.launcher import asked, launched
 from nuteprune.option_values import flag
 
 PATIENCE = timedelta(hours=12)  # for processes that wait while the main one samples text or exports
 
 Found = TypeVar("Found")
 
+met = False  # whether this process has met others
+
 
 class OtherProcessError(NutePruneError):
-    """The main process ended with an error, which it tells itself."""
+    """Another process ended with an error, which it tells itself."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class Processes:
         if launched() == 1:
             yield cls()
             return
-        if _asked("ACCELERATE_USE_DEEPSPEED"):
+        if asked("ACCELERATE_USE_DEEPSPEED"):
             raise ConfigError(
                 "accelerate's configuration asks for DeepSpeed, got ACCELERATE_USE_DEEPSPEED=true; allowed are --multi_gpu "
                 "(the frozen model whole on each GPU) and --use_fsdp (parted, as ZeRO-3 would); see docs/scale.md."
@@ -79,9 +81,16 @@ class Processes:
         cpu = device == "cpu" or not torch.cuda.is_available()
         there = dist.is_available() and dist.is_initialized()  # made by the caller of the library
         state = PartialState(cpu=cpu, timeout=PATIENCE)
+        if state.num_processes != launched():
+            raise ConfigError(
+                f"the launcher's environment has WORLD_SIZE {launched()}, but only {state.num_processes} met; it must set "
+                "RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, as accelerate launch and torchrun do."
+            )
+        global met
+        met = True
         try:
             shared = (state.process_index, state.num_processes, state.local_process_index, state.device)
-            yield cls(*shared, sharded=_asked("ACCELERATE_USE_FSDP"))
+            yield cls(*shared, sharded=asked("ACCELERATE_USE_FSDP"))
         finally:
             if not there:
                 state.destroy_process_group()
@@ -89,11 +98,8 @@ class Processes:
 
     def place(self, device: str) -> str:
         """The option `--device` for this process: on a machine with several GPUs, each takes its own."""
-        return (
-            f"cuda:{self.local}"
-            if self.device is not None and self.device.type == "cuda" and device in ("auto", "cuda")
-            else device
-        )
+        own = self.device is not None and self.device.type == "cuda" and device in ("auto", "cuda")
+        return f"cuda:{self.local}" if own else device
 
     def share(self, batch: Tensor) -> Tensor:
         """This process's rows of a batch [rows, ...]; their number is a multiple of that of processes."""
@@ -133,6 +139,37 @@ class Processes:
                 dist.broadcast(message, 0)
                 tensor.detach().copy_(message)
 
+    def wait(self) -> None:
+        """Waits until all are here."""
+        self.any(False)
+
+    def together(self, work: Callable[[], Found]) -> Found:
+        """Does something in every process; if it fails in one, it fails in all.
+
+        Returns:
+            What it made here.
+
+        Raises:
+            OtherProcessError: it failed in another process of a lower number; the first that failed raises the error itself.
+        """
+        if self.count == 1:
+            return work()
+        found: list[Found] = []
+        error: BaseException | None = None
+        try:
+            found.append(work())
+        except BaseException as raised:
+            error = raised
+        failed = torch.zeros(self.count, device=self.device)
+        failed[self.rank] = float(error is not None)
+        dist.all_reduce(failed)
+        if not failed.any():
+            return found[0]
+        first = int(failed.argmax())
+        if error is not None and first == self.rank:
+            raise error
+        raise OtherProcessError(f"process {first} ended with an error.") from error
+
     def on_main(self, work: Callable[[], Found]) -> Found | None:
         """Does something in the main process while the others wait.
 
@@ -142,18 +179,15 @@ class Processes:
         Raises:
             OtherProcessError: in the others, if it failed; in the main process the error itself is raised.
         """
+        return self.together(lambda: work() if self.main else None)
+
+    def tell(self, number: int) -> int:
+        """The main process's number, in all."""
         if self.count == 1:
-            return work()
-        found, failed = None, True
-        try:
-            if self.main:
-                found = work()
-            failed = False
-        finally:
-            failed = self.any(failed)
-        if failed:
-            raise OtherProcessError("the main process ended with an error.")
-        return found
+            return number
+        message = torch.tensor(number, dtype=torch.int64, device=self.device)
+        dist.broadcast(message, 0)
+        return int(message)
 
     def check(self, config: PruneConfig) -> None:
         """Refuses options that these processes cannot share.
@@ -164,6 +198,10 @@ class Processes:
         if (size := config.batch_size) % self.count:
             raise ConfigError(
                 f"--batch-size got {size}; {self.count} processes share each batch, so allowed is a multiple of {self.count}."
+            )
+        if self.count > 1 and config.device.startswith("cuda:"):
+            raise ConfigError(
+                f"--device got {config.device!r}; each of several processes takes its own GPU, so allowed are auto, cuda, cpu."
             )
         if self.sharded:
             whole = {"repair": config.repair, "compile": config.compile, "load_in": config.load_in != "none"}
@@ -176,14 +214,3 @@ class Processes:
                 raise ConfigError(
                     f"{owner} got {config.gate_init!r}, which reads whole weights; allowed with FSDP are open, taylor."
                 )
-
-
-def _asked(name: str) -> bool:
-    """Whether the launcher set a variable to true."""
-    return os.environ.get(name, "false").lower() == "true"
-
-
-def launched() -> int:
-    """How many processes the launcher started, by its environment; 1 without one."""
-    count = os.environ.get("WORLD_SIZE", "1")
-    return int(count) if count.isdigit() and "RANK" in os.environ else 1

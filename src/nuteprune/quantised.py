@@ -6,8 +6,10 @@ its layer uses it, in the forward pass and again in the backward pass. Embedding
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import logging
+import sys
 from typing import Any
 
 import torch
@@ -37,6 +39,19 @@ def _library() -> Any:
     import bitsandbytes.functional
 
     return bitsandbytes.functional
+
+
+class _FromCodes(torch.autograd.Function):
+    """y = W x + bias for codes of W, which are read again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: QuantisedLinear) -> Tensor:
+        ctx.layer = layer
+        return F.linear(x, layer.weight, layer.bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return grads[0] @ ctx.layer.weight, None
 
 
 class QuantisedLinear(nn.Linear):
@@ -84,7 +99,7 @@ class QuantisedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output, [..., out]."""
-        return F.linear(x, self.weight, self.bias)
+        return _FromCodes.apply(x, self)  # type: ignore[no-any-return]
 
 
 def quantise(model: PreTrainedModel, arch: Arch, option: str, device: torch.device) -> PreTrainedModel:
@@ -101,7 +116,15 @@ def quantise(model: PreTrainedModel, arch: Arch, option: str, device: torch.devi
             parent, _, name = path.rpartition(".")
             owner = submodule(layer, parent) if parent else layer
             setattr(owner, name, QuantisedLinear(getattr(owner, name), BITS[option], device))
+    _give_back()
     return model.to(device)  # type: ignore[no-any-return,arg-type]
+
+
+def _give_back() -> None:
+    """Returns freed memory to the system, where the C library (glibc) would keep blocks of a few megabytes."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def bytes_in(weights: int, rows: int, option: str) -> float:

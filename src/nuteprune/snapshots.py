@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from nuteprune.arch import Arch
 from nuteprune.checkpoint import STATE, TENSORS, checkpoints, damaged_file
 from nuteprune.config import PruneConfig
-from nuteprune.errors import ConfigError
+from nuteprune.errors import ConfigError, reason
 from nuteprune.export.adapter import adapter_stored, is_adapter, read_adapter
 from nuteprune.masks import KINDS, Masks
 from nuteprune.report.facts import MODEL, RESULT
 from nuteprune.size import BlockSize
-from nuteprune.teachers import FINAL, INTACT, Snapshot, TeacherBank, read_about, read_repaired, read_snapshot
+from nuteprune.teachers import FINAL, INTACT, REPAIRED, Snapshot, TeacherBank, read_about, read_repaired, read_snapshot
 
 SAME = 1e-6  # difference of two sparsities that are one
 ROUNDING = 0.005  # by which a model may be sparser than its record is named for, because units go in steps
@@ -82,7 +82,13 @@ class Run:
             return cls(folder, config, (Stored(record, wanted, sparsity, step),))
         found = [Stored(INTACT, 0.0, 0.0, 0)]
         for path in sorted((folder / "teachers").glob("record-*.safetensors")):
-            record, sparsity, step = read_about(path)
+            try:
+                record, sparsity, step = read_about(path)
+            except (OSError, SafetensorError, LookupError, ValueError) as error:
+                raise ConfigError(
+                    f"run {folder} is damaged: {path.relative_to(folder)} cannot be read ({reason(error)}); move it away to go "
+                    "without that record."
+                ) from error
             found.append(Stored(record, record * config.snapshot_every, sparsity, step))
         if (last := _last(folder, config)) is not None:
             sparsity = BlockSize.of(arch).sparsity(_masks(last))
@@ -184,7 +190,8 @@ def _last(folder: Path, config: PruneConfig) -> Path | None:
     kept = checkpoints(folder / "checkpoints")
     if not kept or not (folder / RESULT).is_file():
         return None
-    if any(damaged_file(folder / "checkpoints", kept[-1] / name) for name in (TENSORS, STATE)):
+    needed = (kept[-1] / TENSORS, kept[-1] / STATE, folder / REPAIRED)
+    if any(damaged_file(folder / "checkpoints", file) for file in needed):
         return None
     step = json.loads((kept[-1] / STATE).read_text(encoding="utf-8"))["step"]
     return kept[-1] / TENSORS if step == config.total_steps else None

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import shutil
 import time
 import warnings
 from collections.abc import Callable
@@ -26,7 +25,17 @@ from transformers import PreTrainedModel
 
 from nuteprune.arch import Arch
 from nuteprune.arrangement import Arrangement
-from nuteprune.checkpoint import load_checkpoint, load_optimizer, optimizer_tensors, save_checkpoint, within
+from nuteprune.checkpoint import (
+    checkpoint_path,
+    load_optimizer,
+    optimizer_tensors,
+    pick_checkpoint,
+    read_checkpoint,
+    remove_later,
+    save_checkpoint,
+    step_of,
+    within,
+)  # fmt: skip
 from nuteprune.config import PruneConfig
 from nuteprune.control import Controller, LagrangianControl, ProjectionControl, schedule
 from nuteprune.data import Blocks
@@ -196,7 +205,8 @@ class Trainer:
             if self.processes.any(stop()):
                 self.save()
                 return False
-            log(self.step())
+            line = self.step()
+            self.processes.on_main(lambda: log(line))  # noqa: B023  # done before the next one
             if self.state.step % self.config.checkpoint_every == 0 and self.state.step < self.total:
                 self.save()
         if self.masks is None:
@@ -242,14 +252,14 @@ class Trainer:
         if self.masks is None:
             loss = loss + self.control.penalty(expected, target)
         hidden_loss = math.nan if hidden is None else float(hidden.total.detach())
-        told = self.processes.averages([float(loss.detach()), head.kl, head.lm, hidden_loss])
+        told = self.processes.averages([float(loss.detach()), head.kl, head.lm, hidden_loss, float(expected.detach())])
         gradient_norm = self.update(loss, told[0], step)
 
         tokens, seconds = whole.numel(), time.perf_counter() - began
         self.state.tokens += tokens
         self.state.seconds += seconds
         self.state.step += 1
-        sparsity = float(expected.detach())
+        sparsity = told[4]  # the same in all, to the last bit, for what it decides
         metrics: Metrics = {
             "step": step,
             "phase": self.phase(step),
@@ -496,13 +506,14 @@ class Trainer:
         needs = [self.blocks.path, *(self.bank.path(record) for record in range(1, len(self.bank) + 1))]
         if self.masks is not None and self.config.repair:
             needs.append(self.folder / REPAIRED)
+        if (environment := self.folder / "env.json").is_file():  # precision and fingerprint of the base
+            needs.append(environment)
         checkpoints = self.folder / "checkpoints"
         return save_checkpoint(checkpoints, self.state.step, tensors, state, self.config.keep_checkpoints, needs)
 
-    def tidy(self, damaged: list[Path]) -> None:
-        """Removes what a run that goes on from an earlier checkpoint makes anew."""
-        for path in damaged:
-            shutil.rmtree(path)
+    def tidy(self, path: Path) -> None:
+        """Removes what a run that goes on from a checkpoint makes anew: later ones, which are damaged, and later records."""
+        remove_later(path)
         self.bank.forget_later()
 
     @torch.no_grad()
@@ -512,7 +523,10 @@ class Trainer:
         Raises:
             ConfigError: there is none.
         """
-        tensors, state, damaged = load_checkpoint(self.folder / "checkpoints", self.warn)
+        folder = self.folder / "checkpoints"
+        found = self.processes.on_main(lambda: pick_checkpoint(folder, self.warn))
+        path = checkpoint_path(folder, self.processes.tell(0 if found is None else step_of(found)))
+        tensors, state = self.processes.together(lambda: read_checkpoint(path))
         self.state = TrainState(**state)
         self.masked.load_lora(within(tensors, "lora"))
         for kind, value in within(tensors, "gates").items():
@@ -522,7 +536,8 @@ class Trainer:
         self.control.load(within(tensors, "control"))
         self.generator.set_state(tensors["generator.state"])
         self.bank.count = self.state.records
-        self.processes.on_main(lambda: self.tidy(damaged))
+        self.processes.wait()  # until all have read it
+        self.processes.on_main(lambda: self.tidy(path))
         if masks := within(tensors, "masks"):
             if self.config.repair:
                 self.masked.repair(load_file(self.folder / REPAIRED))

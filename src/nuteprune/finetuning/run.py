@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
@@ -19,7 +20,7 @@ from nuteprune.checkpoint import checkpoints
 from nuteprune.config import PruneConfig
 from nuteprune.data import check_there
 from nuteprune.environment import environment
-from nuteprune.errors import ConfigError, ExportError
+from nuteprune.errors import ConfigError, DataError, ExportError, reason
 from nuteprune.evaluation.record import run_folder
 from nuteprune.files import atomic_folder, save_json, save_tensors, save_text
 from nuteprune.finetuning.instructions import EXAMPLES, NAMED, Examples, pick_template, read_examples
@@ -29,6 +30,7 @@ from nuteprune.finetuning.tuning import Tuning
 from nuteprune.job import TUNING, check_folder
 from nuteprune.models import Source, pick_device, pick_dtype
 from nuteprune.progress import Reporter, duration
+from nuteprune.report.facts import read_object
 
 ENVIRONMENT, RESULT, MODEL = "env.json", "result.json", "model"
 HELD_OUT = 64  # most examples kept apart, for the loss before and after; a twentieth of them if that is less
@@ -98,8 +100,9 @@ def finetune(options: FinetuneOptions, reporter: Reporter | None = None) -> Fine
         save_tensors(temporary / EXAMPLES, examples.tensors())
     try:
         return job.train_and_finish(reporter)
-    except ConfigError:  # what only the weights show
-        shutil.rmtree(options.folder)
+    except ConfigError:  # what only the weights show, before training
+        if not checkpoints(options.folder / "checkpoints"):
+            shutil.rmtree(options.folder)
         raise
 
 
@@ -114,11 +117,11 @@ def resume_finetune(folder: str | Path, reporter: Reporter | None = None) -> Fin
     if (folder / RESULT).is_file():
         raise ConfigError(f"fine-tuning {folder} is complete; its model is in {folder / MODEL}.")
     job = _Job.check(options, folder)
-    began = json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8"))
-    if changed := [name for name, value in job.base().items() if began[name] != value]:
+    began = read_object(folder / ENVIRONMENT)
+    if changed := [name for name, value in job.base().items() if began.get(name) != value]:
         raise ConfigError(
-            f"fine-tuning {folder} began with another {changed[0]} ({began[changed[0]]}, now {job.base()[changed[0]]}), so it "
-            "cannot be gone on with; put it back, or start a new one."
+            f"fine-tuning {folder} began with another {changed[0]} ({began.get(changed[0])}, now {job.base()[changed[0]]}), so "
+            "it cannot be gone on with; put it back, or start a new one."
         )
     return job.train_and_finish(reporter or Reporter())
 
@@ -177,7 +180,10 @@ class _Job:
 
     def train_and_finish(self, reporter: Reporter) -> FinetuneResult:
         """Trains from where the folder stands, then merges and writes."""
-        examples = Examples.from_tensors(load_file(self.folder / EXAMPLES))
+        try:
+            examples = Examples.from_tensors(load_file(self.folder / EXAMPLES))
+        except (OSError, SafetensorError, LookupError, ValueError) as error:
+            raise DataError(f"{self.folder / EXAMPLES} is damaged ({reason(error)}); start the fine-tuning again.") from error
         apart = min(HELD_OUT, len(examples) // 20)  # the last ones; their order is random
         training = len(examples) - apart
         reporter.say(f"loading {self.source.name} on {self.device}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import math
 import random
-import shutil
 import time
 import warnings
 from collections.abc import Callable
@@ -17,7 +16,15 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from nuteprune.checkpoint import load_checkpoint, load_optimizer, optimizer_tensors, save_checkpoint, within
+from nuteprune.checkpoint import (
+    load_optimizer,
+    optimizer_tensors,
+    pick_checkpoint,
+    read_checkpoint,
+    remove_later,
+    save_checkpoint,
+    within,
+)  # fmt: skip
 from nuteprune.errors import ConfigError, TrainingError
 from nuteprune.finetuning.instructions import EXAMPLES, IGNORED, Examples
 from nuteprune.finetuning.loss import Answers, answer_loss, answer_tokens
@@ -220,9 +227,9 @@ class Tuning:
         Raises:
             ConfigError: there is none.
         """
-        tensors, state, damaged = load_checkpoint(self.folder / "checkpoints", warn)
-        for path in damaged:
-            shutil.rmtree(path)
+        path = pick_checkpoint(self.folder / "checkpoints", warn)
+        tensors, state = read_checkpoint(path)
+        remove_later(path)
         for name, value in within(tensors, "lora").items():
             self.lora[name].copy_(value)
         load_optimizer(self.optimizer, tensors, "optimizer")

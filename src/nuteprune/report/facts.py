@@ -171,11 +171,11 @@ class RunFacts:
         figures = None
         if (run / RESULT).is_file() and (run / MODEL).is_dir():
             try:
-                figures = Figures.from_dict(_json(run / RESULT))
+                figures = Figures.from_dict(read_object(run / RESULT))
             except (KeyError, TypeError) as error:
                 raise DataError(f"{run / RESULT} lacks {error}; it is not what this version of nuteprune writes.") from error
         steps = read_metrics(run / METRICS) if (run / METRICS).is_file() else []
-        environment = _json(run / ENVIRONMENT) if (run / ENVIRONMENT).is_file() else {}
+        environment = read_object(run / ENVIRONMENT) if (run / ENVIRONMENT).is_file() else {}
         masks, masks_of = _masks(run, complete=figures is not None)
         comparison, left_out = _compared(run) if figures is not None else (None, ())
         return cls(run, config, environment, steps, figures, masks, masks_of, comparison, left_out)
@@ -317,9 +317,16 @@ def _compared(run: Path) -> tuple[Comparison | None, tuple[str, ...]]:
     return found, found.left_out
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        DataError: it is not there, or holds something else.
+    """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror or error}).") from error
     except ValueError as error:
         raise DataError(f"{path} is not JSON ({error}).") from error
     if not isinstance(found, dict):
