@@ -93,14 +93,23 @@ def _kill_loop(config: PruneConfig, folder: Path, kills: int, seed: int) -> Coun
     """
     context = multiprocessing.get_context("forkserver")  # children need no imports of their own
     context.set_forkserver_preload(["torch", "nuteprune.job"])
-    rng, survived, ended, longest = random.Random(seed), Counter[str](), 0, 1.0
-    while survived.total() < kills or not ended:
-        mine = config.replace(out=str(folder / f"run-{ended}"))
-        run = Path(mine.out)
-        process = context.Process(target=others.job, args=(mine,))
-        began = time.monotonic()
+    rng, survived, ended = random.Random(seed), Counter[str](), 0
+
+    def start(run: Path) -> Any:
+        process = context.Process(target=others.job, args=(config.replace(out=str(run)),))
         process.start()
-        process.join(rng.uniform(0.0, longest) if survived.total() < kills else None)
+        return process
+
+    began = time.monotonic()
+    start(folder / "whole").join()
+    whole = time.monotonic() - began
+    began = time.monotonic()
+    start(folder / "again").join()
+    whole = min(whole, time.monotonic() - began)  # the first one may have waited for the fork server
+    while survived.total() < kills or not ended:
+        run = folder / f"run-{ended}"
+        process = start(run)
+        process.join(rng.uniform(0.0, 0.8 * whole) if survived.total() < kills else None)
         if process.is_alive():
             process.kill()
             process.join()
@@ -108,14 +117,12 @@ def _kill_loop(config: PruneConfig, folder: Path, kills: int, seed: int) -> Coun
             steps = int(kept[-1].name.removeprefix("step-")) if kept else -1
             where = "training" if 0 <= steps < config.total_steps else "after it" if kept else "before it"
             survived[where if run.is_dir() else "no folder yet"] += 1
+            assert process.exitcode == -9
         else:
-            longest = max(longest, time.monotonic() - began)
-        if process.exitcode == 0:
+            assert process.exitcode == 0
             _same(Path(config.out), run)
             assert not [p for p in run.rglob("*") if ".tmp" in p.name], "leftovers are removed by who comes next"
             ended += 1
-        else:
-            assert process.exitcode == -9
     return survived
 
 
@@ -321,7 +328,8 @@ def test_a_step_that_overflows_is_left_out_and_the_schedule_keeps_pace(
         assert metrics[1]["loss"] == straight[1]["loss"]
     assert result.figures is not None
     assert result.figures.block_sparsity >= 0.2
-    assert write_report(result.run).is_file()
+    if control == "projection":
+        assert write_report(result.run).is_file()
 
 
 def test_too_many_in_a_row_stop_the_run_with_advice(durable: PruneConfig, tmp_path: Path, overflow: set[int]) -> None:

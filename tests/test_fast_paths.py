@@ -218,6 +218,7 @@ def test_recovery_runs_at_the_width_that_is_left(small_run: PruneConfig, tmp_pat
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch.compile's own
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("backend", "changes"),
     [

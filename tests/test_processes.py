@@ -110,8 +110,10 @@ def test_two_processes_follow_one(shared: PruneConfig, options: dict[str, Any], 
 
 @pytest.mark.parametrize(
     "options",
-    [{"hidden_loss": "plain"}, {"gradient_checkpointing": True, "gate_init": "open"}],
-    ids=["plain", "checkpointing"],
+    [
+        pytest.param({"hidden_loss": "plain"}, id="plain"),
+        pytest.param({"gradient_checkpointing": True, "gate_init": "open"}, id="checkpointing", marks=pytest.mark.slow),
+    ],
 )
 def test_a_parted_base_follows_a_whole_one(shared: PruneConfig, options: dict[str, Any], tmp_path: Path) -> None:
     """FSDP2: each process holds half of each layer, in a run that is stopped and goes on."""

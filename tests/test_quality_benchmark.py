@@ -47,6 +47,7 @@ def listed(tmp_path: Path, model_folder: Path, **run: Any) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_list_is_run_once_and_becomes_a_table(
     modules: dict[str, ModuleType], tmp_path: Path, model_folder: Path, text_file: Path, monkeypatch: Any, capsys: Any
 ) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
-import os
 import signal
 import sys
 from pathlib import Path
@@ -21,6 +19,7 @@ from nuteprune.finetuning.options import FinetuneOptions
 from nuteprune.launcher import is_first, launched
 from nuteprune.option_values import read_yaml
 from nuteprune.options import COST_OPTIONS, config_options
+from nuteprune.quiet import quiet_libraries
 from nuteprune.recipes import METHOD_DECIDES, RECIPES, SHAPE_DECIDES
 
 app = typer.Typer(
@@ -494,13 +493,7 @@ def _finish(result: Any) -> None:
 
 def main() -> None:
     """Entry point: bad input becomes one sentence and exit code 2."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' bars; ours are rich's
-    # peft imports these where they are; they tell of GPU files and kernels that they lack
-    for name in ("torchao", "torch.utils._pytree", "bitsandbytes"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    quiet_libraries()
     try:
         _check_launcher(sys.argv[1:])
         sys.exit(app(prog_name="nuteprune", standalone_mode=False))

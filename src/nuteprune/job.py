@@ -93,8 +93,8 @@ def prune(config: PruneConfig, reporter: Reporter | None = None) -> PruneResult:
     run = Path(config.out)
     with Processes.joined(config.device) as processes:
         reporter = _voice(reporter, processes)
-        job = processes.together(lambda: _Job.check(config, processes))
         processes.on_main(lambda: check_folder(run))
+        job = processes.together(lambda: _Job.check(config, processes))
 
         def begin() -> PreTrainedModel:
             with atomic_folder(run) as temporary:
@@ -123,10 +123,12 @@ def resume(run: str | Path, reporter: Reporter | None = None) -> PruneResult:
         raise ConfigError(f"run {run} has no {CONFIG} or {BLOCKS}; give the folder that nuteprune prune --out wrote.")
     if (run / RESULT).is_file() and (run / MODEL).is_dir():
         raise ConfigError(f"run {run} is complete; its model is in {run / MODEL}.")
-    config, began = PruneConfig.of_run(run / CONFIG), read_object(run / ENVIRONMENT)
+    config = PruneConfig.of_run(run / CONFIG)
+    began = read_object(run / ENVIRONMENT) if (run / ENVIRONMENT).is_file() else {}  # a rehearsal has none
     if (parent := unwritable_parent(run / RESULT)) is not None:
         raise ConfigError(f"run {run} cannot be gone on with: {parent} is not a folder that can be written to.")
-    config = config.replace(dtype=str(run_dtype(config, began)).removeprefix("torch."))  # also on another machine
+    if began:  # the precision that it had, also on another machine
+        config = config.replace(dtype=str(run_dtype(config, began)).removeprefix("torch."))
     with Processes.joined(config.device) as processes, _memory_errors(config):
         reporter = _voice(reporter, processes)
         job = processes.together(lambda: _Job.check(config, processes, data=False))

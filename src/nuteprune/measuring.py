@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from nuteprune.errors import MeasurementError, NutePruneError, reason
+from nuteprune.quiet import quiet_libraries
 
 T = TypeVar("T")
 Progress = Callable[[int, int], None]
@@ -122,6 +123,7 @@ def _death(code: int, advice: str) -> str:
 
 def _serve() -> None:
     """The child's side: reads calls from stdin, answers on stdout."""
+    quiet_libraries()
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever libraries print goes to stderr
     lock = threading.Lock()
