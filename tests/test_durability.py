@@ -110,16 +110,15 @@ def _kill_loop(config: PruneConfig, folder: Path, kills: int, seed: int) -> Coun
         run = folder / f"run-{ended}"
         process = start(run)
         process.join(rng.uniform(0.0, 0.8 * whole) if survived.total() < kills else None)
-        if process.is_alive():
-            process.kill()
-            process.join()
+        process.kill()
+        process.join()
+        if process.exitcode != 0:
+            assert process.exitcode == -9
             kept = checkpoints(run / "checkpoints")
             steps = int(kept[-1].name.removeprefix("step-")) if kept else -1
             where = "training" if 0 <= steps < config.total_steps else "after it" if kept else "before it"
             survived[where if run.is_dir() else "no folder yet"] += 1
-            assert process.exitcode == -9
         else:
-            assert process.exitcode == 0
             _same(Path(config.out), run)
             assert not [p for p in run.rglob("*") if ".tmp" in p.name], "leftovers are removed by who comes next"
             ended += 1

@@ -246,13 +246,13 @@ def test_a_baselines_options_are_read_back(small_run: PruneConfig, tmp_path: Pat
     assert PruneConfig.of_run(tmp_path / "config.yaml") == config
 
 
-@pytest.mark.parametrize("changes", [{"steps": 0, "repair": True, "repair_batches": 2}, {"steps": 9}], ids=str)
-def test_a_baseline_can_be_estimated(changes: dict[str, Any], small_run: PruneConfig, tmp_path: Path) -> None:
-    config = PruneConfig.create(**one_shot(small_run, "wanda", tmp_path / "run").to_dict() | changes)
-    found = estimate(config, reporter=Quiet())
+def test_a_baseline_can_be_estimated(small_run: PruneConfig, tmp_path: Path) -> None:
+    """Cut and repaired, without a step of training."""
+    changes = {"steps": 0, "repair": True, "repair_batches": 2}
+    found = estimate(PruneConfig.create(**one_shot(small_run, "wanda", tmp_path / "run").to_dict() | changes), reporter=Quiet())
     assert found.measured is not None
     assert found.measured.time.total > 0
-    assert found.measured.time.training == 0.0 if config.total_steps == 0 else found.measured.time.training > 0
+    assert found.measured.time.training == 0.0
 
 
 @pytest.mark.parametrize(
