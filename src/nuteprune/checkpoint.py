@@ -112,8 +112,7 @@ def remove_later(path: Path) -> None:
 def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint: the first file that is missing or differs from its checksum; None if all is well."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        own, run = manifest["own"], manifest["run"]
+        own, run = _manifest(path)
         wanted = {path / name: own[name] for name in (TENSORS, STATE)}
         wanted |= {path.parent.parent / name: digest for name, digest in run.items()}
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
@@ -130,8 +129,8 @@ def damaged_file(folder: Path, file: Path) -> str | None:
     """
     for path in reversed(checkpoints(folder)):
         try:
-            manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-            digest = manifest["own"][file.name] if file.parent == path else manifest["run"].get(_below(file, folder))
+            own, run = _manifest(path)
+            digest = own[file.name] if file.parent == path else run.get(_below(file, folder))
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             if file.parent == path:
                 return f"{MANIFEST} of {path.name} cannot be read"
@@ -139,6 +138,12 @@ def damaged_file(folder: Path, file: Path) -> str | None:
         if digest is not None:
             return _differs(file, digest, folder.parent)
     return None
+
+
+def _manifest(path: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """Checksums of a checkpoint's own files and of the run's that it needs, by name."""
+    manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    return manifest["own"], manifest["run"]
 
 
 def _differs(file: Path, digest: str, run: Path) -> str | None:

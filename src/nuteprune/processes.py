@@ -183,10 +183,8 @@ class Processes:
 
     def tell(self, number: int) -> int:
         """The main process's number, in all."""
-        if self.count == 1:
-            return number
-        message = torch.tensor(number, dtype=torch.int64, device=self.device)
-        dist.broadcast(message, 0)
+        message = torch.tensor(number)
+        self.spread([message])
         return int(message)
 
     def check(self, config: PruneConfig) -> None:

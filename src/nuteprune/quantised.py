@@ -7,6 +7,7 @@ its layer uses it, in the forward pass and again in the backward pass. Embedding
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib.util
 import logging
 import sys
@@ -34,6 +35,7 @@ def check_available(option: str) -> None:
         raise ConfigError(f"--load-in {option} needs bitsandbytes; run: pip install 'nuteprune[quantised]'")
 
 
+@functools.cache
 def _library() -> Any:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of kernels that it could download
     import bitsandbytes.functional

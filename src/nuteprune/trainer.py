@@ -51,6 +51,7 @@ from nuteprune.plan import last_record, make_discretiser
 from nuteprune.processes import Processes
 from nuteprune.repair import STAGE as REPAIR
 from nuteprune.repair import repair
+from nuteprune.report.facts import ENVIRONMENT
 from nuteprune.roles import LoraOptions, Role
 from nuteprune.size import BlockSize, Unit
 from nuteprune.teachers import INTACT, REPAIRED, Snapshot, TeacherBank, TeacherPolicy, teacher_name
@@ -506,7 +507,7 @@ class Trainer:
         needs = [self.blocks.path, *(self.bank.path(record) for record in range(1, len(self.bank) + 1))]
         if self.masks is not None and self.config.repair:
             needs.append(self.folder / REPAIRED)
-        if (environment := self.folder / "env.json").is_file():  # precision and fingerprint of the base
+        if (environment := self.folder / ENVIRONMENT).is_file():  # precision and fingerprint of the base
             needs.append(environment)
         checkpoints = self.folder / "checkpoints"
         return save_checkpoint(checkpoints, self.state.step, tensors, state, self.config.keep_checkpoints, needs)
