@@ -207,6 +207,15 @@ def _parsed(content: bytes) -> Any:
         return None
 
 
+def test_options_that_change_no_result_may_change_meanwhile(durable: PruneConfig, stopped: Path) -> None:
+    path = stopped / "config.yaml"
+    changed = PruneConfig.of_run(path).replace(checkpoint_every=5, keep_checkpoints=1)
+    path.write_text(changed.to_yaml(), encoding="utf-8")
+    assert resume(stopped, Quiet()).complete
+    assert len(checkpoints(stopped / "checkpoints")) == 1
+    _same(Path(durable.out), stopped)
+
+
 def test_what_no_checkpoint_can_do_without_is_named(stopped: Path) -> None:
     blocks = stopped / "data/blocks.safetensors"
     whole = blocks.read_bytes()

@@ -185,6 +185,11 @@ def test_another_base_is_not_gone_on_with(model_folder: Path, alpaca: Path, tmp_
     monkeypatch.chdir(tmp_path)
     given = options(Path("model"), alpaca, Path("o"))
     assert not finetune(given, Stopping(2)).complete
+    told = (tmp_path / "o/finetune.yaml").read_text(encoding="utf-8")
+    (tmp_path / "o/finetune.yaml").write_text(told.replace("lr: ", "lr: 1"), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"--lr in .*finetune.yaml is .* now, but the run began with"):
+        resume_finetune(tmp_path / "o", Reporter(Console(quiet=True)))
+    (tmp_path / "o/finetune.yaml").write_text(told, encoding="utf-8")
     monkeypatch.chdir(folder)
     kept = (folder / "model.safetensors").read_bytes()
     tiny_model(tiny_config(), seed=5).save_pretrained(folder)

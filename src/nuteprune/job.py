@@ -34,7 +34,7 @@ from nuteprune.export.hf import Equality, check_equal, compact_config, is_stock,
 from nuteprune.files import atomic_folder, save_json, save_tensors, save_text, unwritable_parent
 from nuteprune.masking import MaskedModel
 from nuteprune.models import DTYPES, Source, describe, pick_device, pick_dtype, run_dtype
-from nuteprune.option_values import flag
+from nuteprune.option_values import check_unchanged, flag
 from nuteprune.plan import make_discretiser, settled
 from nuteprune.processes import Processes
 from nuteprune.progress import MetricsFile, Reporter
@@ -128,6 +128,7 @@ def resume(run: str | Path, reporter: Reporter | None = None) -> PruneResult:
     if (parent := unwritable_parent(run / RESULT)) is not None:
         raise ConfigError(f"run {run} cannot be gone on with: {parent} is not a folder that can be written to.")
     if began:  # the precision that it had, also on another machine
+        check_unchanged(run / CONFIG, began.get("options", {}), config.to_dict())
         config = config.replace(dtype=str(run_dtype(config, began)).removeprefix("torch."))
     with Processes.joined(config.device) as processes, _memory_errors(config):
         reporter = _voice(reporter, processes)
@@ -327,7 +328,8 @@ class _Job:
             yield from model_sampler(model, self.tokenizer, folder / "data/self.jsonl", config.seed, progress)(wanted)
 
         save_text(folder / CONFIG, config.to_yaml())
-        about = environment(self.device) | {"processes": self.processes.count, "fingerprint": self.source.fingerprint()}
+        about = environment(self.device) | {"options": config.to_dict()}
+        about |= {"processes": self.processes.count, "fingerprint": self.source.fingerprint()}
         save_json(folder / ENVIRONMENT, about | origin(self.source, config.data))
         with reporter.counter("sampling text from the model" if SELF in config.data else "tokenising") as progress:
             build_blocks(

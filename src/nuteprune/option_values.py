@@ -74,6 +74,32 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return {str(k): v for k, v in loaded.items()}
 
 
+# Options that may be changed while a run is stopped: its result does not depend on them, or is checked for it.
+FREE = {
+    "model", "teacher", "data", "out", "save_dtype", "device", "dtype", "gradient_checkpointing", "compile", "max_skipped",
+    "checkpoint_every", "keep_checkpoints", "track",
+}  # fmt: skip
+
+
+def check_unchanged(path: Path, began: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuses to go on with a run under other options than it began with.
+
+    Args:
+        path: the file that holds the options, for the error.
+        began: options by name as the run began; nothing is known of those that are missing.
+        now: options by name.
+
+    Raises:
+        ConfigError: one is another, and the result depends on it.
+    """
+    for name, value in now.items():
+        if name not in FREE and name in began and began[name] != value:
+            raise ConfigError(
+                f"{flag(name)} in {path} is {value!r} now, but the run began with {began[name]!r}, and what it ends at depends "
+                "on that; put it back, or start a new run."
+            )
+
+
 def checked_type(name: str, value: Any, hint: Any) -> Any:
     """`value` as the declared type of option `name`; lists become tuples and whole numbers floats."""
     allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)

@@ -112,10 +112,13 @@ class FinetuneOptions:
         batches = math.ceil(examples / self.batch_size)
         return self.steps if self.steps is not None else max(1, round((self.epochs or 1.0) * batches))
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for YAML and JSON; tuples become lists."""
+        return asdict(self) | {"data": list(self.data)}
+
     def to_yaml(self) -> str:
         """The options as YAML."""
-        plain: dict[str, Any] = asdict(self) | {"data": list(self.data)}
-        return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
 
     @classmethod
     def read(cls, path: Path) -> FinetuneOptions:

@@ -29,6 +29,7 @@ from nuteprune.finetuning.options import FinetuneOptions
 from nuteprune.finetuning.tuning import Tuning
 from nuteprune.job import TUNING, check_folder
 from nuteprune.models import Source, pick_device, pick_dtype
+from nuteprune.option_values import check_unchanged
 from nuteprune.progress import Reporter, duration
 from nuteprune.report.facts import read_object
 
@@ -96,7 +97,8 @@ def finetune(options: FinetuneOptions, reporter: Reporter | None = None) -> Fine
     reporter.say(f"{len(examples):,} examples by the {template} template ({told})")
     with atomic_folder(options.folder) as temporary:
         save_text(temporary / TUNING, options.absolute().to_yaml())
-        save_json(temporary / ENVIRONMENT, environment(job.device) | job.base() | {"template": template} | examples.about)
+        about = environment(job.device) | {"options": options.absolute().to_dict()} | job.base() | {"template": template}
+        save_json(temporary / ENVIRONMENT, about | examples.about)
         save_tensors(temporary / EXAMPLES, examples.tensors())
     try:
         return job.train_and_finish(reporter)
@@ -118,6 +120,7 @@ def resume_finetune(folder: str | Path, reporter: Reporter | None = None) -> Fin
         raise ConfigError(f"fine-tuning {folder} is complete; its model is in {folder / MODEL}.")
     job = _Job.check(options, folder)
     began = read_object(folder / ENVIRONMENT)
+    check_unchanged(folder / TUNING, began.get("options", {}), options.to_dict())
     if changed := [name for name, value in job.base().items() if began.get(name) != value]:
         raise ConfigError(
             f"fine-tuning {folder} began with another {changed[0]} ({began.get(changed[0])}, now {job.base()[changed[0]]}), so "

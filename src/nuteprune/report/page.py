@@ -152,7 +152,8 @@ def _tiles(facts: RunFacts) -> list[tuple[str, str, str]]:
 
 def _environment(found: dict[str, Any]) -> list[tuple[str, str]]:
     folders = ("model_from", "data_files")  # of this machine, which the page may leave
-    flat = {k: v for k, v in found.items() if k not in ("packages", *folders)} | found.get("packages", {})
+    apart = ("packages", "options", *folders)  # the options have a table of their own
+    flat = {k: v for k, v in found.items() if k not in apart} | found.get("packages", {})
     return [(str(k), str(v)) for k, v in flat.items()]
 
 
