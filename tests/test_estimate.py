@@ -17,6 +17,7 @@ from others import count, die, fill, no_memory, no_room, refuse, tell_and_wait, 
 from test_cli import call  # noqa: F401
 
 from nuteprune.arch import Arch
+from nuteprune.balance import TRIES
 from nuteprune.config import PruneConfig
 from nuteprune.errors import ConfigError, MeasurementError
 from nuteprune.estimation.costs import step_cost
@@ -32,6 +33,7 @@ from nuteprune.options import COST_OPTIONS
 from nuteprune.progress import Reporter, read_metrics
 from nuteprune.recipes import SHAPE_DECIDES
 from nuteprune.roles import LoraOptions
+from nuteprune.trainer import BALANCE, FIRST_CHECKPOINT, IMPORTANCE
 
 # -- timetable ---------------------------------------------------------------------------------------------------------
 
@@ -77,17 +79,20 @@ def test_run_time_multiplies_out(small_run: PruneConfig) -> None:
     steps[0] = (ramp, 6.0)  # the first step of a point is not one of its median, but is part of the run
     trained = 10.0 + sum(seconds for _, seconds in steps)
     stages = [
-        Stage("importance of units", 5.0, 10.0, [6.0, 7.0]),
+        Stage(IMPORTANCE, 5.0, 7.5, [6.0, 7.0]),
+        Stage(BALANCE, 7.5, 9.0, [7.75 + 0.1 * tick for tick in range(TRIES * 2)]),
+        Stage(FIRST_CHECKPOINT, 9.0, 10.0),
         Stage("perplexity of the dense model", trained, trained + 2, [trained + 0.5, trained + 1, trained + 1.5, trained + 2]),
     ]
     when = run_time(config, Rehearsal(trained + 4.0, stages, steps, 0.25, trained, None, None), start_up=3.0)
     assert when.steps == {ramp: (50, 1.0), hold: (15, 2.0), recovery: (35, 3.0)}
     assert when.training == 185
     assert when.start == 8
-    assert when.importance == 5 + 14 * 1.0  # 14 more sequences at a second each
+    # 14 more sequences at a second each, and as many in each try of a balance at a tenth of one
+    assert when.importance == pytest.approx(5 + 14 * 1.0 + 14 * TRIES * 0.1)
     assert when.end == pytest.approx(4.0 + (13 - 4) * 0.5)  # a tenth of the blocks is held out
     assert when.between == pytest.approx(5.0 + 2 * 0.25)  # what the first step took longer; 3 checkpoints, one was rehearsed
-    assert when.total == pytest.approx(8 + 19 + 185 + 5.5 + 8.5)
+    assert when.total == pytest.approx(8 + 19 + 8.4 + 185 + 5.5 + 8.5)
 
 
 # -- the fresh process -------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import torch
 from conftest import KINDS, random_masks, tiny_config
 
 from nuteprune.arch import Arch
+from nuteprune.balance import favoured
 from nuteprune.control import LagrangianControl, ProjectionControl, schedule
 from nuteprune.gates import BETA, GAMMA, OPEN, ZETA, Deterministic, GateSet, HardConcrete, unit_shapes
 from nuteprune.importance import standardised
@@ -209,7 +210,7 @@ def test_importance_start_orders_units_and_favours_heads() -> None:
         "heads": torch.arange(1.0, 7.0).view(3, 2),
         "intermediate": torch.rand(3, 48, generator=torch.Generator().manual_seed(0)) + 0.1,
     }
-    gates.start_from(standardised(importance, head_bias=2.0))
+    gates.start_from(favoured(standardised(importance), 2.0))
     heads, channels = gates.log_alpha["heads"].detach(), gates.log_alpha["intermediate"].detach()
     assert (heads.flatten().argsort() == torch.arange(6)).all()
     assert heads.mean() - channels.mean() == pytest.approx(2.0, abs=1e-4)
@@ -220,7 +221,7 @@ def test_importance_start_orders_units_and_favours_heads() -> None:
 def test_importance_start_of_hard_concrete_stays_open_and_in_range() -> None:
     gates = _gates(HardConcrete())
     importance = {k: torch.rand(s) + 1e-3 for k, s in unit_shapes(ARCH.dims, "group").items()}
-    gates.start_from(standardised(importance, head_bias=1.0))
+    gates.start_from(standardised(importance))
     before = {k: a.detach().clone() for k, a in gates.log_alpha.items()}
     gates.clamp_()
     assert all(torch.equal(before[k], a.detach()) for k, a in gates.log_alpha.items())

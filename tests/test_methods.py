@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterable
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,18 @@ from transformers import AutoModelForCausalLM
 
 from nuteprune import ExportOptions, PruneConfig, estimate, export_run, prune, resume, write_report
 from nuteprune.arch import Arch
+from nuteprune.balance import TRIES, measured_bias
 from nuteprune.cli import _merged
+from nuteprune.discretise import Discretiser, Rounding
 from nuteprune.errors import ConfigError
 from nuteprune.gates import Deterministic, GateSet
 from nuteprune.importance import flap, magnitude, taylor, unit_scores, wanda
 from nuteprune.masking import MaskedModel
+from nuteprune.masks import Masks, mask_shapes
 from nuteprune.progress import read_metrics
 from nuteprune.recipes import CRITERIA
 from nuteprune.roles import LoraOptions
+from nuteprune.size import BlockSize
 
 IDS = torch.randint(2, 96, (3, 12), generator=torch.Generator().manual_seed(1))
 
@@ -101,12 +106,12 @@ def test_scores_are_those_of_the_intact_model_and_leave_it_so() -> None:
     masked, gates = made("llama", ("heads", "intermediate"))
     before = masked.logits(IDS)
     for criterion in CRITERIA:
-        first = unit_scores(criterion, masked, gates, IDS, 1.0)
+        first = unit_scores(criterion, masked, gates, IDS)
         masked.set_masks(gates.expand({k: torch.zeros(a.shape) for k, a in gates.log_alpha.items()}))
-        again = unit_scores(criterion, masked, gates, IDS, 1.0)
+        again = unit_scores(criterion, masked, gates, IDS)
         assert all(torch.equal(first[k], again[k]) for k in first)
         assert torch.equal(masked.logits(IDS), before)
-    orders = [unit_scores(c, masked, gates, IDS, 1.0)["intermediate"].flatten().argsort().tolist() for c in CRITERIA]
+    orders = [unit_scores(c, masked, gates, IDS)["intermediate"].flatten().argsort().tolist() for c in CRITERIA]
     assert len({tuple(order) for order in orders}) == 4  # they are not one criterion under four names
 
 
@@ -176,9 +181,73 @@ def test_a_pass_sees_what_is_left() -> None:
             losses.append(torch.nn.functional.cross_entropy(logits, row[1:]))
         ends.append(torch.stack(losses))
     assert found[2, 5].item() == pytest.approx(((ends[0] - ends[1]) / (2 * step)).abs().mean().item(), rel=2e-2)
-    scores = unit_scores("taylor", masked, gates, IDS, 1.0, kept=there)
+    scores = unit_scores("taylor", masked, gates, IDS, kept=there)
     assert scores["intermediate"][0, :20].max() < min(s[there[k] != 0].min() for k, s in scores.items()) - 5
     assert scores["intermediate"][there["intermediate"] != 0].mean().abs() < 1e-4
+
+
+@pytest.mark.parametrize(("dead", "most"), [("self_attn.o_proj", min), ("mlp.down_proj", max)])
+def test_the_balance_takes_from_what_does_nothing(dead: str, most: Callable[[Iterable[int]], int]) -> None:
+    """Heads, or channels, whose output is thrown away are those that go; text that the model is sure of shows it."""
+    arch = Arch.from_config(config := tiny_config(tie_word_embeddings=False))
+    model = tiny_model(config)
+    with torch.no_grad():
+        model.lm_head.weight *= 20
+        for layer in model.model.layers:
+            layer.get_submodule(dead).weight.zero_()
+    text = model.generate(IDS[:, :1], max_new_tokens=12, min_new_tokens=12, do_sample=False, pad_token_id=0)
+    masked = MaskedModel(model, arch, kinds := ("heads", "intermediate"), LoraOptions(2, 2.0))
+    gates = GateSet(arch, kinds, Deterministic(0.5, 0.05), torch.Generator())
+    before, size = masked.logits(text), BlockSize.of(arch)
+    discretiser = Discretiser(arch, size, kinds, Rounding())
+    whole = {k: torch.ones(s) for k, s in mask_shapes(arch.dims).items()}
+    scores = unit_scores("taylor", masked, gates, IDS)
+    ticks: list[tuple[int, int]] = []
+    tried: dict[float, int] = {}  # heads that are left, by bias
+
+    def masks(biased: dict[str, torch.Tensor]) -> Masks:
+        made = discretiser.masks(biased, whole, 0.3)
+        tried[round(float((biased["heads"] - scores["heads"]).mean()), 3)] = int(made.groups.sum())
+        return made
+
+    found = measured_bias(masked, scores, masks, text, lambda done, total: ticks.append((done, total)))
+    assert tried[found] == most(tried.values())
+    assert len(set(tried.values())) > 1
+    assert len(tried) == TRIES
+    assert ticks == [(n + 1, TRIES * len(text)) for n in range(TRIES * len(text))]
+    assert torch.equal(masked.logits(text), before)
+
+
+@pytest.mark.parametrize(
+    ("changes", "measured"),
+    [
+        ({}, True), ({"method": "magnitude"}, True), ({"head_bias": 0.5}, False), ({"gate_init": "flap"}, False),
+        ({"gate_init": "open"}, False), ({"prune": ("heads",)}, False), ({"prune": ("intermediate", "layers")}, True),
+        ({"prune": ("intermediate", "hidden")}, False), ({"target_shape": ("heads=2", "intermediate=8")}, False),
+    ],
+)  # fmt: skip
+def test_the_balance_is_measured_where_there_is_one(changes: dict[str, Any], measured: bool) -> None:
+    config = PruneConfig.create(**changes)
+    assert (config.balance_sequences > 0) == measured
+    assert config.replace(gate_init_batches=1).balance_sequences == (config.batch_size if measured else 0)
+
+
+def test_a_measured_balance_is_that_of_the_run(small_run: PruneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same run with the bias given that another measured."""
+    found: list[float] = []
+
+    def noted(*args: Any) -> float:
+        found.append(measured_bias(*args))
+        return found[-1]
+
+    monkeypatch.setattr("nuteprune.trainer.measured_bias", noted)
+    options = {"prune": ("heads", "intermediate"), "sparsity": 0.3}
+    measured = prune(one_shot(small_run, "taylor", tmp_path / "a", **options), Quiet())
+    (bias,) = found
+    given = prune(one_shot(small_run, "taylor", tmp_path / "b", **options, head_bias=bias), Quiet())
+    assert len(found) == 1
+    one, two = (load_file(r.model / "model.safetensors") for r in (measured, given))
+    assert all(torch.equal(one[k], two[k]) for k in one)
 
 
 def test_a_resumed_baseline_is_a_straight_one(small_run: PruneConfig, tmp_path: Path) -> None:
@@ -221,6 +290,10 @@ def test_gates_can_start_from_every_criterion(small_run: PruneConfig, tmp_path: 
         ({"repair_damping": 0.5}, "--repair-damping got 0.5 without --repair, where it does nothing"),
         ({"repair_batches": 3}, "--repair-batches got 3 without --repair"),
         ({"method": "flap", "head_bias": 0.0}, "--head-bias got 0 with --method flap, where it does nothing"),
+        ({"gate_init": "open", "head_bias": 1.0}, "--head-bias got 1 with --gate-init open, where it does nothing"),
+        ({"prune": ("heads",), "head_bias": 1.0}, "--head-bias got 1 with --prune heads, where it does nothing"),
+        ({"target_shape": ("heads=2",), "head_bias": 1.0}, "--head-bias got 1 with --target-shape heads=2, where it does"),
+        ({"head_bias": 9.0}, "--head-bias got 9.0; allowed is a number from -5 to 5"),
         ({"passes": 2}, "--passes got 2 with --method nuteprune; allowed is 1, or one of taylor, wanda, flap"),
         ({"method": "magnitude", "passes": 2}, "--passes got 2 with --method magnitude"),
         ({"method": "sparsegpt"}, "--method got 'sparsegpt'; allowed are nuteprune, taylor, magnitude, wanda, flap"),

@@ -19,7 +19,7 @@ import yaml
 from nuteprune.errors import ConfigError
 from nuteprune.option_rules import check_options
 from nuteprune.option_values import check_fields, checked_type, flag, option, read_yaml
-from nuteprune.recipes import CRITERIA, METHOD_DECIDES, RECIPES, SHAPE_DECIDES
+from nuteprune.recipes import CHANNELS, CRITERIA, METHOD_DECIDES, RECIPES, SHAPE_DECIDES
 
 UNITS = ("heads", "intermediate", "hidden", "attention", "mlp", "layers")
 
@@ -186,11 +186,11 @@ class PruneConfig:
         "one, as the methods' papers",
         "Gates",
     )
-    head_bias: float = option(
-        1.0,
+    head_bias: float | None = option(
+        None,
         "Standard deviations by which the importance of heads and whole blocks is favoured over that of channels; flap has a "
-        "balance of its own.",
-        "98 -> 75 perplexity one-shot at 25 % (design notes)",
+        "balance of its own. If not given, the one from -0.75 to 1.25 is taken whose cut predicts calibration text best.",
+        "the best one differs by model, sparsity and text (docs/results.md)",
         "Gates",
     )
     gate_lr: float = option(
@@ -350,7 +350,21 @@ class PruneConfig:
     @property
     def blocks(self) -> int:
         """Sequences of training text that a run reads before it begins with the first again."""
-        return max(self.total_steps * self.batch_size, self.calibration, self.repair_sequences, self.batch_size)
+        before = (self.calibration, self.balance_sequences, self.repair_sequences)
+        return max(self.total_steps * self.batch_size, self.batch_size, *before)
+
+    @property
+    def balance_sequences(self) -> int:
+        """Sequences of training text that the balance of heads and channels is measured on; 0 if it is not."""
+        if self.head_bias is not None or not self.balanced:
+            return 0
+        return min(BALANCE_SEQUENCES, self._before_training(self.gate_init_batches))
+
+    @property
+    def balanced(self) -> bool:
+        """Whether scores of importance leave a balance of heads and channels to choose."""
+        both = {kind in CHANNELS for kind in self.prune} == {True, False}
+        return both and not self.target_shape and self.gate_init not in ("open", "flap")  # a shape gives the widths
 
     @property
     def repair_sequences(self) -> int:
@@ -450,5 +464,6 @@ class PruneConfig:
 
 
 DEFAULT_TOKENS = 150_000
+BALANCE_SEQUENCES = 16  # at most; all tries read the same ones, so a few tell them apart
 
 _HINTS: dict[str, Any] = typing.get_type_hints(PruneConfig)

@@ -29,18 +29,18 @@ def unit_scores(
     masked: MaskedModel,
     gates: GateSet,
     sequences: Tensor,
-    head_bias: float = 0.0,
     progress: Progress | None = None,
     kept: Unit | None = None,
 ) -> Unit:
-    """Scores of units by a criterion, comparable across layers and kinds: the higher, the more a unit is worth.
+    """Scores of units by a criterion, comparable across layers and, but for their balance (`balance`), across kinds.
+
+    The higher, the more a unit is worth.
 
     Args:
         criterion: taylor, magnitude, wanda or flap.
         masked: the model, LoRA weights at their start; its masks are cleared afterwards.
         gates: says which units there are; their values are not read.
         sequences: token ids, int64 [sequences, tokens]; magnitude does not read them.
-        head_bias: standard deviations by which heads and whole blocks are favoured; flap has a balance of its own.
         progress: called with sequences done and their number.
         kept: 1 for units that are still there and 0 for others, which are masked and get the lowest scores; all without it.
 
@@ -51,24 +51,23 @@ def unit_scores(
     if criterion == "flap":
         scores = flap(masked, gates, sequences, progress, there)
     elif criterion == "magnitude":
-        scores = standardised(magnitude(masked, gates), head_bias, there)
+        scores = standardised(magnitude(masked, gates), there)
     else:
         measure = {"taylor": taylor, "wanda": wanda}[criterion]
-        scores = standardised(measure(masked, gates, sequences, progress, there), head_bias, there)
+        scores = standardised(measure(masked, gates, sequences, progress, there), there)
     masked.set_masks(None)
     lowest = min(float(s.min()) for s in scores.values()) - GONE
     return {kind: torch.where(there[kind] != 0, score, lowest) for kind, score in scores.items()}
 
 
-def standardised(importance: Unit, head_bias: float, there: Unit | None = None) -> Unit:
-    """Log importance with mean 0 and deviation 1 over the units of each kind, heads and whole blocks favoured.
+def standardised(importance: Unit, there: Unit | None = None) -> Unit:
+    """Log importance with mean 0 and deviation 1 over the units of each kind.
 
     What a unit of a kind costs is the same for all and falls out. Importance per parameter, compared across kinds without
     this, removes nearly all heads first (design, section 7).
 
     Args:
         importance: non-negative, by kind.
-        head_bias: standard deviations added to the scores of heads and of whole blocks.
         there: the units to take mean and deviation over, as 1; all without it.
     """
     scores: Unit = {}
@@ -80,7 +79,7 @@ def standardised(importance: Unit, head_bias: float, there: Unit | None = None) 
         score = value.clamp_min(floor).log()
         spread = score[among].std()
         score = (score - score[among].mean()) / spread if spread > 1e-6 else torch.zeros_like(score)
-        scores[kind] = score + (0.0 if kind in ("intermediate", "hidden") else head_bias)
+        scores[kind] = score
     return scores
 
 

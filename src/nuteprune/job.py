@@ -360,10 +360,7 @@ class _Job:
                 trainer.load()
                 reporter.say(f"going on from step {trainer.state.step} of {trainer.total}")
             else:
-                with reporter.counter(
-                    "first checkpoint" if self.config.gate_init == "open" else "importance of units"
-                ) as progress:
-                    trainer.start(progress)
+                trainer.start()
             if self.train(run, trainer, reporter):
                 figures = self.processes.on_main(lambda: self.finish(run, trainer, reporter))
                 return PruneResult(run, True, figures)

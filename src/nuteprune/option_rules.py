@@ -57,6 +57,7 @@ def _check_ranges(options: PruneConfig) -> None:
         need(name, getattr(options, name) > 0, "a number above 0")
     for name in ("weight_decay", "grad_clip", "kl_weight", "hidden_weight", "lm_weight"):
         need(name, getattr(options, name) >= 0, "a number from 0")
+    need("head_bias", options.head_bias is None or abs(options.head_bias) <= 5, "a number from -5 to 5")
     need("lora_alpha", options.lora_alpha is None or options.lora_alpha > 0, "a number above 0")
     need("snapshot_every", 0.001 <= options.snapshot_every <= 0.5, "a share from 0.001 to 0.5")
     width = options.gate_width
@@ -102,15 +103,16 @@ def _check_criteria(options: PruneConfig) -> None:
 
 def _check_idle(options: PruneConfig) -> None:
     """Refuses options that would do nothing because of another."""
-    idle = {"repair_batches": ("repair", False), "repair_damping": ("repair", False), "head_bias": ("gate_init", "flap")}
+    idle = {name: "without --repair" for name in ("repair_batches", "repair_damping") if not options.repair}
+    if not options.balanced:
+        owner = "target_shape" if options.target_shape else "gate_init" if options.gate_init in ("flap", "open") else "prune"
+        named = "method" if owner == "gate_init" and options.one_shot else owner
+        value = getattr(options, named)
+        idle["head_bias"] = f"with {flag(named)} {value if isinstance(value, str) else ','.join(value)}"
     defaults = {f.name: f.default for f in dataclasses.fields(options)}
-    for name, (owner, value) in idle.items():
-        if getattr(options, owner) == value and getattr(options, name) != defaults[name]:
-            named = "method" if owner == "gate_init" and options.one_shot else owner
-            given = f"without --{owner}" if value is False else f"with {flag(named)} {value}"
-            raise ConfigError(
-                f"{flag(name)} got {getattr(options, name):g} {given}, where it does nothing; leave one of them out."
-            )
+    for name, given in idle.items():
+        if (value := getattr(options, name)) != defaults[name]:
+            raise ConfigError(f"{flag(name)} got {value:g} {given}, where it does nothing; leave one of them out.")
 
 
 def _check_together(options: PruneConfig) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 CRITERIA = ("taylor", "magnitude", "wanda", "flap")  # of importance (`importance.py`)
+CHANNELS = ("intermediate", "hidden")  # the kinds that heads and whole blocks are weighed against (`balance.py`)
 SHAPE_DECIDES = ("sparsity", "prune", "uniform")  # options that a target shape decides
 METHOD_DECIDES = (  # options of learned gates and their teachers, which a one-shot method has not
     "warmup", "recovery", "gates", "gate_lr", "gate_width", "control", "control_lr", "teacher_lag", "snapshot_every",

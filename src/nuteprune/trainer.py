@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 from nuteprune.arch import Arch
 from nuteprune.arrangement import Arrangement
+from nuteprune.balance import favoured, measured_bias
 from nuteprune.checkpoint import (
     checkpoint_path,
     load_optimizer,
@@ -46,7 +47,7 @@ from nuteprune.importance import unit_scores
 from nuteprune.learning_rate import lr_factor
 from nuteprune.losses import HiddenLoss, head_loss
 from nuteprune.masking import MaskedModel
-from nuteprune.masks import Masks
+from nuteprune.masks import Masks, mask_shapes
 from nuteprune.plan import last_record, make_discretiser
 from nuteprune.processes import Processes
 from nuteprune.repair import STAGE as REPAIR
@@ -58,6 +59,7 @@ from nuteprune.teachers import INTACT, REPAIRED, Snapshot, TeacherBank, TeacherP
 
 REACHED = 0.005  # the original's sparsity_epsilon: how near counts as at the target
 OUTLIER = 5.0  # standard deviations of importance above which gates start alike
+IMPORTANCE, BALANCE, FIRST_CHECKPOINT = "importance of units", "balance of heads and channels", "first checkpoint"  # shown
 FORCED = 0.02  # sparsity still missing when masks freeze that deserves a warning
 
 Metrics = dict[str, Any]
@@ -160,7 +162,7 @@ class Trainer:
 
     # -- the loop -----------------------------------------------------------------------------------------------------
 
-    def start(self, progress: Progress | None = None) -> None:
+    def start(self) -> None:
         """What happens before step 0: gates start from importance, if asked, and a checkpoint is written."""
         if self.policy.keeps_records and self.last_record <= self.config.teacher_lag:
             self.warn(
@@ -169,25 +171,36 @@ class Trainer:
             )
         if self.config.gate_init != "open":
             if self.processes.sharded:  # a forward pass needs all of them
-                self.start_gates(progress)
+                self.start_gates()
             else:
-                self.processes.on_main(lambda: self.start_gates(progress))
+                self.processes.on_main(self.start_gates)
             self.processes.spread(self.gates.parameters())
-        self.save()
+        with self.counter(FIRST_CHECKPOINT):
+            self.save()
 
-    def start_gates(self, progress: Progress | None) -> None:
+    def start_gates(self) -> None:
         """Gives the gates their start by importance."""
-        text = self.blocks.read(list(range(min(self.config.calibration, self.blocks.count))))
+        config, text = self.config, self.blocks.read(list(range(min(self.config.calibration, self.blocks.count))))
         kept: Unit | None = None
-        for number in range(1, self.config.passes + 1):  # each on what the one before it left
-            told = _part(progress, number - 1, self.config.passes)
-            scores = unit_scores(self.config.gate_init, self.masked, self.gates, text, self.config.head_bias, told, kept)
-            if not self.config.one_shot:  # an outlier, as flap has, would start beyond what training can move
+        for number in range(1, config.passes + 1):  # each on what the one before it left
+            sparsity = config.sparsity * number / config.passes
+            with self.counter(IMPORTANCE) as progress:
+                scores = unit_scores(config.gate_init, self.masked, self.gates, text, progress, kept)
+            scores = favoured(scores, self.head_bias(scores, sparsity))
+            if not config.one_shot:  # an outlier, as flap has, would start beyond what training can move
                 scores = {kind: score.clamp(max=OUTLIER) for kind, score in scores.items()}
             self.gates.start_from(scores)
-            if number < self.config.passes:
-                masks, _ = self.discrete(self.config.sparsity * number / self.config.passes)
-                kept = self.gates.units(masks)
+            if number < config.passes:
+                kept = self.gates.units(self.hard_masks(scores, sparsity))
+
+    def head_bias(self, scores: Unit, sparsity: float) -> float:
+        """How much heads and whole blocks are favoured in a cut to a sparsity: as asked, or measured."""
+        count = min(self.config.balance_sequences, self.blocks.count)
+        if not count:
+            return self.config.head_bias or 0.0
+        text = self.blocks.read(list(range(count)))
+        with self.counter(BALANCE) as progress:
+            return measured_bias(self.masked, scores, lambda tried: self.hard_masks(tried, sparsity), text, progress)
 
     def run(self, log: Log, stop: Callable[[], bool] = lambda: False) -> bool:
         """Trains to the end.
@@ -413,11 +426,14 @@ class Trainer:
     def discrete(self, sparsity: float) -> tuple[Masks, float]:
         """The gates as discrete masks of a sparsity, and the expected sparsity that they stood at."""
         if self.config.one_shot:  # the gates were never soft
-            scores = self.gates.scores()
-            whole = {kind: torch.ones_like(value) for kind, value in self.gates.values(scores).items()}
-            return self.discretiser.masks(scores, whole, sparsity), sparsity
+            return self.hard_masks(self.gates.scores(), sparsity), sparsity
         scores, expected = self.gate_scores(sparsity)
         return self.discretiser.masks(scores, self.gates.values(scores), sparsity), float(expected)
+
+    def hard_masks(self, scores: Unit, sparsity: float) -> Masks:
+        """Masks of ones and zeros by scores."""
+        whole = {kind: torch.ones(shape) for kind, shape in mask_shapes(self.masked.arch.dims).items()}
+        return self.discretiser.masks(scores, whole, sparsity)
 
     def freeze(self) -> None:
         """Makes the masks discrete at exactly the asked sparsity, and repairs; from here on only LoRA trains."""
@@ -543,8 +559,3 @@ class Trainer:
             if self.config.repair:
                 self.masked.repair(load_file(self.folder / REPAIRED))
             self.freeze_at(Masks.from_tensors(masks))
-
-
-def _part(progress: Progress | None, done: int, parts: int) -> Progress | None:
-    """Progress of one of several parts of a stage that are alike."""
-    return None if progress is None else lambda step, total: progress(done * total + step, parts * total)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from nuteprune.balance import TRIES
 from nuteprune.config import PruneConfig
 from nuteprune.errors import ConfigError
 from nuteprune.estimation.costs import StepCost, Work
@@ -107,11 +108,13 @@ def on_gpu(gpu: Gpu, cost: StepCost, config: PruneConfig) -> GpuEstimate:
     them all if that is more.
     """
     step = seconds(gpu, cost.work)
-    importance = 0.0
-    if config.calibration:  # sequence by sequence
-        student = cost.student + cost.heads + cost.backward if config.gate_init == "taylor" else cost.student
-        launches = LAUNCH * len(student.operations)
-        importance = config.passes * config.calibration * max(seconds(gpu, student, launch=0.0) / config.batch_size, launches)
+    forward = cost.student + cost.heads
+    measured = forward + cost.backward if config.gate_init == "taylor" else cost.student
+
+    def each(work: Work) -> float:  # a sequence alone
+        return max(seconds(gpu, work, launch=0.0) / config.batch_size, LAUNCH * len(work.operations))
+
+    importance = config.passes * (config.calibration * each(measured) + TRIES * config.balance_sequences * each(forward))
     return GpuEstimate(gpu, cost.peak * SLACK + CONTEXT, step, importance + config.total_steps * step)
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from nuteprune.balance import TRIES
 from nuteprune.config import PruneConfig
 from nuteprune.data import Blocks
 from nuteprune.estimation.timetable import Point, rehearsal_steps, timetable
@@ -28,6 +29,7 @@ from nuteprune.progress import Counter as LiveCounter
 from nuteprune.progress import Reporter
 from nuteprune.repair import STAGE as REPAIR
 from nuteprune.report.facts import CONFIG, RESULT
+from nuteprune.trainer import BALANCE, FIRST_CHECKPOINT, IMPORTANCE
 
 BATCHES = 2  # of importance
 APART = 4  # held-out blocks: those that the compact model is compared on
@@ -163,8 +165,9 @@ class _Stopwatch(Reporter):
         self._trained_before = 0.0
         self._checkpoint_every = config.checkpoint_every
         self._tell, self._batch = progress, config.batch_size
-        self._work = {"importance of units": 3}
-        self._total = 3 * config.passes * config.calibration + 4 * config.batch_size * config.total_steps + 2 * APART
+        self._work = {IMPORTANCE: 3}
+        before = 3 * config.calibration + TRIES * config.balance_sequences
+        self._total = config.passes * before + 4 * config.batch_size * config.total_steps + 2 * APART
         self._done = 0
 
     @property
@@ -249,18 +252,22 @@ def run_time(config: PruneConfig, rehearsed: Rehearsal, start_up: float) -> RunT
         start_up: seconds that the rehearsing process took besides the job.
     """
     mini = miniature(config, config.out)
-    first = rehearsed.stages[0]  # importance, or the first checkpoint
-    importance = first.ended - first.began
-    if first.ticks:
-        importance += (config.passes * config.calibration - len(first.ticks)) * first.each
-    last = [stage for stage in rehearsed.stages[1:] if stage.ticks and stage.name != REPAIR]
+    names = [stage.name for stage in rehearsed.stages]
+    count = names.index(FIRST_CHECKPOINT) + 1
+    before, after = rehearsed.stages[:count], rehearsed.stages[count:]
+    first, ready = before[0], before[-1]
+    importance = ready.ended - first.began
+    for stage, wanted in ((IMPORTANCE, config.calibration), (BALANCE, TRIES * config.balance_sequences)):
+        done = [s for s in before if s.name == stage and s.ticks]
+        importance += sum((wanted - len(s.ticks)) * s.each for s in done)
+    last = [stage for stage in after if stage.ticks and stage.name != REPAIR]
     apart = min(HELD_OUT, (config.blocks + HELD_OUT) // 10)
-    trained = rehearsed.trained or first.ended  # a run without steps
+    trained = rehearsed.trained or ready.ended  # a run without steps
     end = rehearsed.seconds - trained + sum((apart - len(stage.ticks)) * stage.each for stage in last)
     repair = sum(stage.ended - stage.began for stage in rehearsed.stages if stage.name == REPAIR)
     more = config.repair_sequences / mini.repair_sequences - 1.0 if mini.repair_sequences else 0.0
     end += repair * more
-    between = trained - first.ended - sum(seconds for _, seconds in rehearsed.steps) + rehearsed.first_steps()
+    between = trained - ready.ended - sum(seconds for _, seconds in rehearsed.steps) + rehearsed.first_steps()
     between += rehearsed.saving * (_checkpoints(config) - _checkpoints(mini))
     steps = {point: (count, rehearsed.step_seconds(point)) for point, count in Counter(timetable(config)).items()}
     return RunTime(start_up + first.began, importance, steps, max(between, 0.0), end)
