@@ -7,13 +7,11 @@ teacher. When the gates' time is over the masks are made discrete at exactly the
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +24,6 @@ from transformers import PreTrainedModel
 from nuteprune.arch import Arch
 from nuteprune.arrangement import Arrangement
 from nuteprune.balance import favoured, measured_bias
-from nuteprune.checkpoint import (
-    checkpoint_path,
-    load_optimizer,
-    optimizer_tensors,
-    pick_checkpoint,
-    read_checkpoint,
-    remove_later,
-    save_checkpoint,
-    step_of,
-    within,
-)  # fmt: skip
 from nuteprune.config import PruneConfig
 from nuteprune.control import Controller, LagrangianControl, ProjectionControl, schedule
 from nuteprune.data import Blocks
@@ -52,9 +39,9 @@ from nuteprune.plan import last_record, make_discretiser
 from nuteprune.processes import Processes
 from nuteprune.repair import STAGE as REPAIR
 from nuteprune.repair import repair
-from nuteprune.report.facts import ENVIRONMENT
 from nuteprune.roles import LoraOptions, Role
 from nuteprune.size import BlockSize, Unit
+from nuteprune.state import TrainState, load_checkpoint, write_checkpoint
 from nuteprune.teachers import INTACT, REPAIRED, Snapshot, TeacherBank, TeacherPolicy, teacher_name
 
 REACHED = 0.005  # the original's sparsity_epsilon: how near counts as at the target
@@ -65,31 +52,6 @@ FORCED = 0.02  # sparsity still missing when masks freeze that deserves a warnin
 Metrics = dict[str, Any]
 Log = Callable[[Metrics], None]
 Progress = Callable[[int, int], None]
-
-
-@dataclass
-class TrainState:
-    """Where a run stands; with the tensors of a checkpoint, all of its state.
-
-    Attributes:
-        step: steps done, the number of the next one.
-        records: snapshots in the teacher bank.
-        reached: first step at the target sparsity, or None.
-        walk_from: records in the bank when the target was reached.
-        tokens: tokens trained on.
-        skipped: steps left out because loss or gradients were not finite.
-        skipped_in_a_row: how many of them came right before the next step.
-        seconds: time spent in steps, without what happens between them (importance, freezing, repair).
-    """
-
-    step: int = 0
-    records: int = 0
-    reached: int | None = None
-    walk_from: int = 0
-    tokens: int = 0
-    skipped: int = 0
-    skipped_in_a_row: int = 0
-    seconds: float = 0.0
 
 
 class Trainer:
@@ -497,65 +459,17 @@ class Trainer:
     # -- state --------------------------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Writes a checkpoint of everything; LoRA weights in their whole shape, zero where the masks took a unit away.
+        """Writes a checkpoint of everything.
 
         Raises:
             TrainingError: a weight is not finite; nothing is written.
         """
-        self.processes.on_main(self.write_checkpoint)
+        self.processes.on_main(lambda: write_checkpoint(self))
 
-    def write_checkpoint(self) -> Path:
-        """What `save` does in the main process; returns the checkpoint's path."""
-        if not all(bool(p.isfinite().all()) for p in (*self.masked.lora.values(), *self.gates.parameters())):
-            raise self.not_finite(f"value of a weight after step {self.state.step - 1}")
-        widths = self.masked.widths
-        tensors = {f"lora.{name}": self.masked.spread_lora(name, p.data, widths) for name, p in self.masked.lora.items()}
-        for key, value in optimizer_tensors(self.lora_optimizer, "lora_optimizer").items():
-            name = self.lora_names[int(key.split(".")[1])]
-            tensors[key] = self.masked.spread_lora(name, value, widths) if value.dim() > 0 else value
-        tensors |= {f"gates.{k}": p for k, p in self.gates.log_alpha.items()}
-        tensors |= optimizer_tensors(self.gate_optimizer, "gate_optimizer")
-        tensors |= {f"control.{k}": t for k, t in self.control.state().items()}
-        tensors |= {"generator.state": self.generator.get_state()}
-        if self.masks is not None:
-            tensors |= {f"masks.{k}": t for k, t in self.masks.tensors().items()}
-        state = dataclasses.asdict(self.state)
-        needs = [self.blocks.path, *(self.bank.path(record) for record in range(1, len(self.bank) + 1))]
-        if self.masks is not None and self.config.repair:
-            needs.append(self.folder / REPAIRED)
-        if (environment := self.folder / ENVIRONMENT).is_file():  # precision and fingerprint of the base
-            needs.append(environment)
-        checkpoints = self.folder / "checkpoints"
-        return save_checkpoint(checkpoints, self.state.step, tensors, state, self.config.keep_checkpoints, needs)
-
-    def tidy(self, path: Path) -> None:
-        """Removes what a run that goes on from a checkpoint makes anew: later ones, which are damaged, and later records."""
-        remove_later(path)
-        self.bank.forget_later()
-
-    @torch.no_grad()
     def load(self) -> None:
         """Goes back to the newest undamaged checkpoint of the run folder.
 
         Raises:
             ConfigError: there is none.
         """
-        folder = self.folder / "checkpoints"
-        found = self.processes.on_main(lambda: pick_checkpoint(folder, self.warn))
-        path = checkpoint_path(folder, self.processes.tell(0 if found is None else step_of(found)))
-        tensors, state = self.processes.together(lambda: read_checkpoint(path))
-        self.state = TrainState(**state)
-        self.masked.load_lora(within(tensors, "lora"))
-        for kind, value in within(tensors, "gates").items():
-            self.gates.log_alpha[kind].copy_(value)
-        load_optimizer(self.lora_optimizer, tensors, "lora_optimizer")
-        load_optimizer(self.gate_optimizer, tensors, "gate_optimizer")
-        self.control.load(within(tensors, "control"))
-        self.generator.set_state(tensors["generator.state"])
-        self.bank.count = self.state.records
-        self.processes.wait()  # until all have read it
-        self.processes.on_main(lambda: self.tidy(path))
-        if masks := within(tensors, "masks"):
-            if self.config.repair:
-                self.masked.repair(load_file(self.folder / REPAIRED))
-            self.freeze_at(Masks.from_tensors(masks))
+        load_checkpoint(self)
