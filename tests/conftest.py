@@ -143,6 +143,8 @@ def small_run(model_folder: Path, text_file: Path, tmp_path: Path) -> PruneConfi
         steps=24,
         batch_size=2,
         seq_len=16,
+        warmup=0.5,
+        recovery=0.35,
         round_intermediate=1,
         round_hidden=1,
         lora_rank=2,

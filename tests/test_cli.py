@@ -194,7 +194,7 @@ BAD: list[tuple[dict[str, str], str]] = [
     ({"round_intermediate": "64"}, r"--round-intermediate got 64; this model's width is 48"),
     ({"gate_width": "0.1,0.5"}, r"--gate-width got .*start >= end > 0"),
     ({"lr": "-1"}, r"--lr got -1.0; allowed is a number above 0"),
-    ({"kl_weight": "0"}, r"are all 0; give at least one loss a weight"),
+    ({"kl_weight": "0", "lm_weight": "0"}, r"are all 0; give at least one loss a weight"),
     ({"device": "tpu9"}, r"--device got 'tpu9', which is not usable here"),
     ({"save_dtype": "int8"}, r"--save-dtype got 'int8'"),
     ({"data": "nowhere.txt"}, r"--data nowhere.txt: no such file"),

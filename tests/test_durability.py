@@ -70,7 +70,7 @@ def durable(model_folder: Path, text_file: Path, tmp_path_factory: pytest.TempPa
     config = PruneConfig.create(
         model=str(model_folder), data=(str(text_file),), out=str(tmp_path_factory.mktemp("straight") / "run"), sparsity=0.2,
         steps=16, batch_size=2, seq_len=16, round_intermediate=1, lora_rank=2, teacher_lag=5, gate_init_batches=2, device="cpu",
-        checkpoint_every=2,
+        checkpoint_every=2, warmup=0.5, recovery=0.35,
     )  # fmt: skip
     assert prune(config, Quiet()).complete
     return config

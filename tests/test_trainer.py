@@ -224,7 +224,16 @@ def test_gradient_checkpointing_follows_the_same_trajectory(small_run: PruneConf
 def test_training_helps(small_run: PruneConfig, tmp_path: Path) -> None:
     """With masks frozen early and one teacher, LoRA brings the KL down."""
     _, metrics = _run(
-        small_run.replace(steps=150, teachers="intact", warmup=0.05, recovery=0.9, lr=5e-3, lr_schedule="constant")
+        small_run.replace(
+            steps=150,
+            teachers="intact",
+            warmup=0.05,
+            recovery=0.9,
+            lr=5e-3,
+            lr_schedule="constant",
+            kl_weight=1.0,
+            lm_weight=0.0,
+        )
     )
     frozen = [m["kl"] for m in metrics if m["phase"] == "recovery"]
     assert sum(frozen[-20:]) < 0.85 * sum(frozen[:20])
@@ -255,7 +264,7 @@ FELT: dict[str, Any] = {
     "lora_rank": 3,
     "lora_alpha": 7.0,
     "lora_targets": ("q_proj", "v_proj"),
-    "lr": 3e-3,
+    "lr": 1e-3,
     "lr_schedule": "cosine",
     "weight_decay": 0.5,
     "grad_clip": 1e-3,
@@ -272,10 +281,10 @@ FELT: dict[str, Any] = {
     "walk_back": False,
     "ramp_shape": "cubic",
     "lora_plus": 8.0,
-    "kl_weight": 0.5,
+    "kl_weight": 0.2,
     "temperature": 2.0,
     "hidden_loss": "normalised",
-    "lm_weight": 0.5,
+    "lm_weight": 0.2,
     "seed": 7,
     "dtype": "bfloat16",
 }
@@ -296,7 +305,7 @@ def baseline(model_folder: Path, text_file: Path, tmp_path_factory: pytest.TempP
     config = PruneConfig.create(
         model=str(model_folder), data=(str(text_file),), out=str(tmp_path_factory.mktemp("base") / "run"), sparsity=0.2,
         prune=KINDS, steps=16, batch_size=2, seq_len=16, round_intermediate=1, round_hidden=1, lora_rank=2, teacher_lag=5,
-        gate_init_batches=2, device="cpu",
+        gate_init_batches=2, device="cpu", warmup=0.5, recovery=0.35,
     )  # fmt: skip
     return config, _fingerprint(config)
 
