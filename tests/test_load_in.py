@@ -100,7 +100,7 @@ def _rest(run: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_a_run_trains_on_codes_and_folds_into_whole_weights(small_run: PruneConfig, option: str, tmp_path: Path) -> None:
-    config = small_run.replace(load_in=option, steps=12, gate_init="wanda", prune=("heads", "intermediate"))
+    config = small_run.replace(load_in=option, repair=False, steps=12, gate_init="wanda", prune=("heads", "intermediate"))
     straight = prune(config, reporter := Quiet())
     assert any(line.endswith(f"on cpu in {option}") for line in reporter.said)
     assert straight.figures is not None
@@ -127,13 +127,13 @@ def test_what_does_not_go_together_is_refused(small_run: PruneConfig, monkeypatc
     with pytest.raises(ConfigError, match=r"--load-in 4bit and --repair were both given"):
         small_run.replace(load_in="4bit", repair=True)
     with pytest.raises(ConfigError, match=r"--load-in 8bit and --compile were both given"):
-        small_run.replace(load_in="8bit", compile=True)
+        small_run.replace(load_in="8bit", compile=True, repair=False)
     with pytest.raises(ConfigError, match=r"--load-in got '3bit'; allowed are none, 8bit, 4bit"):
         small_run.replace(load_in="3bit")
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "bitsandbytes" else real(name, *a))
     with pytest.raises(ConfigError, match=r"--load-in 4bit needs bitsandbytes; run: pip install 'nuteprune\[quantised\]'"):
-        prune(small_run.replace(load_in="4bit"), Quiet())
+        prune(small_run.replace(load_in="4bit", repair=False), Quiet())
     assert not Path(small_run.out).exists()
 
 
@@ -141,7 +141,7 @@ def test_computed_memory_knows_codes(small_run: PruneConfig, model_folder: Path)
     dense = AutoConfig.from_pretrained(model_folder)
     arch = Arch.from_config(dense)
     weights = {
-        option: step_cost(small_run.replace(load_in=option), dense, arch, torch.bfloat16).weights
+        option: step_cost(small_run.replace(load_in=option, repair=False), dense, arch, torch.bfloat16).weights
         for option in ("none", *OPTIONS)
     }
     assert weights["none"] > weights["8bit"] > weights["4bit"]

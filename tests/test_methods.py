@@ -287,8 +287,8 @@ def test_gates_can_start_from_every_criterion(small_run: PruneConfig, tmp_path: 
         ({"method": "taylor", "teachers": "numerous"}, "--teachers got 'numerous'; --method taylor .* intact, none"),
         ({"method": "taylor", "warmup": 0.2}, "--warmup was given with --method taylor"),
         ({"method": "taylor", "gate_init": "open"}, "--gate-init got 'open'; with --method taylor allowed is taylor"),
-        ({"repair_damping": 0.5}, "--repair-damping got 0.5 without --repair, where it does nothing"),
-        ({"repair_batches": 3}, "--repair-batches got 3 without --repair"),
+        ({"repair_damping": 0.5, "repair": False}, "--repair-damping got 0.5 without --repair, where it does nothing"),
+        ({"repair_batches": 3, "method": "wanda"}, "--repair-batches got 3 without --repair"),
         ({"method": "flap", "head_bias": 0.0}, "--head-bias got 0 with --method flap, where it does nothing"),
         ({"gate_init": "open", "head_bias": 1.0}, "--head-bias got 1 with --gate-init open, where it does nothing"),
         ({"prune": ("heads",), "head_bias": 1.0}, "--head-bias got 1 with --prune heads, where it does nothing"),
@@ -305,6 +305,13 @@ def test_gates_can_start_from_every_criterion(small_run: PruneConfig, tmp_path: 
 def test_what_does_not_go_together_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         PruneConfig.create(**options)
+
+
+def test_weights_are_repaired_where_that_is_part_of_the_method() -> None:
+    assert PruneConfig.create().repair
+    for options in ({"method": "taylor"}, {"load_in": "4bit"}, {"recipe": "paper"}):
+        assert not PruneConfig.create(**options).repair
+    assert PruneConfig.create(method="taylor", repair=True).repair
 
 
 def test_a_recipe_gives_a_baseline_what_it_can_use() -> None:

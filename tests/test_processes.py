@@ -65,7 +65,7 @@ def _start(
 
 @pytest.fixture
 def shared(small_run: PruneConfig, tmp_path: Path) -> PruneConfig:
-    return small_run.replace(batch_size=4, steps=16, checkpoint_every=4, out=str(tmp_path / "shared"))
+    return small_run.replace(batch_size=4, steps=16, repair=False, checkpoint_every=4, out=str(tmp_path / "shared"))
 
 
 def _follows(one: Path, two: Path, weights: str = "checkpoints/step-000016/tensors.safetensors") -> None:
@@ -156,7 +156,7 @@ def test_what_needs_whole_weights_is_refused_where_they_are_parted(shared: Prune
     with pytest.raises(ConfigError, match=r"--device got 'cuda:3'; each of several processes takes its own GPU"):
         Processes(count=2).check(shared.replace(device="cuda:3"))
     for options, message in (
-        ({"repair": True}, r"--repair needs whole weights in each process"),
+        ({"repair": True}, r"--repair needs whole weights in each process; give --no-repair"),
         ({"load_in": "8bit"}, r"--load-in needs whole weights"),
         ({"gate_init": "wanda", "prune": ("heads",), "sparsity": 0.1}, r"--gate-init got 'wanda', which reads whole weights"),
     ):

@@ -155,6 +155,7 @@ def test_base_weights_are_untouched_and_not_copied(small_run: PruneConfig, model
         trainer.step()
     assert trainer.masked.arrangement is not None  # masks are frozen; units stand in another order until the end
     trainer.restore()
+    trainer.masked.forget_repair()
     after = {n.replace(".base_layer", ""): p for n, p in model.named_parameters() if "lora_" not in n}
     assert after.keys() == before.keys()
     for name, (pointer, value) in before.items():

@@ -416,7 +416,7 @@ def _merged(model: str | None, config: Path | None, options: dict[str, Any]) -> 
         for name in SHAPE_DECIDES:
             from_file.pop(name, None)
     for name, decided in (
-        ("method", (*METHOD_DECIDES, "gate_init", "teachers")),
+        ("method", (*METHOD_DECIDES, "gate_init", "teachers", "repair", "repair_batches", "repair_damping")),
         ("recipe", (*METHOD_DECIDES, *RECIPES["paper"])),
     ):
         if name in options and options[name] != from_file.get(name):  # what the file's value decided

@@ -222,15 +222,15 @@ class PruneConfig:
 
     # Repair
     repair: bool = option(
-        False,
+        True,
         "Once the masks are hard, solve the output projections anew by least squares, for what is left of their inputs; "
-        "recovery goes on from there.",
-        RECIPE,
+        "recovery goes on from there. Off if not asked for with a one-shot --method and with --load-in.",
+        CHOSEN,
         "Repair",
     )
-    repair_batches: int = option(32, "Batches of training text that the repair is solved on.", RECIPE, "Repair")
+    repair_batches: int = option(64, "Batches of training text that the repair is solved on.", CHOSEN, "Repair")
     repair_damping: float = option(
-        0.01, "Weight of staying near the weights there are, in mean squares of the inputs.", RECIPE, "Repair"
+        0.3, "Weight of staying near the weights there are, in mean squares of the inputs.", CHOSEN, "Repair"
     )
 
     # Teachers and losses
@@ -433,6 +433,8 @@ class PruneConfig:
                     raise ConfigError(f"{flag(name)} was given with --target-shape, which decides it; leave one of them out.")
             defaults |= {"control": "projection"}
         method = options.get("method", "nuteprune")
+        if method in CRITERIA or options.get("load_in", "none") != "none":
+            defaults |= {"repair": False}
         if method in CRITERIA:
             if method in ("wanda", "flap"):
                 defaults |= {"prune": plain["prune"]}  # they score no other units, whatever the recipe

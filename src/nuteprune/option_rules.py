@@ -123,7 +123,7 @@ def _check_together(options: PruneConfig) -> None:
         if options.load_in != "none" and getattr(options, name):
             raise ConfigError(
                 f"--load-in {options.load_in} and {flag(name)} were both given; codes of fewer bits are neither repaired nor "
-                "compiled, so leave one of them out."
+                "compiled, so take one of them back."
             )
     if options.warmup + options.recovery > 1.0:
         raise ConfigError(

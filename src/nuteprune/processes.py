@@ -204,9 +204,8 @@ class Processes:
         if self.sharded:
             whole = {"repair": config.repair, "compile": config.compile, "load_in": config.load_in != "none"}
             if asked := [name for name, wanted in whole.items() if wanted]:
-                raise ConfigError(
-                    f"{flag(asked[0])} needs whole weights in each process; leave it out, or launch without FSDP."
-                )
+                way = "give --no-repair" if asked[0] == "repair" else "leave it out"
+                raise ConfigError(f"{flag(asked[0])} needs whole weights in each process; {way}, or launch without FSDP.")
             if config.gate_init not in ("open", "taylor"):
                 owner = flag("method" if config.one_shot else "gate_init")
                 raise ConfigError(
