@@ -32,6 +32,7 @@ from nuteprune.report.facts import CONFIG, RESULT
 from nuteprune.trainer import BALANCE, FIRST_CHECKPOINT, IMPORTANCE
 
 BATCHES = 2  # of importance
+REPAIR_BATCHES = 4
 APART = 4  # held-out blocks: those that the compact model is compared on
 
 Progress = Callable[[int, int], None]
@@ -107,10 +108,18 @@ class Rehearsal:
 def miniature(config: PruneConfig, out: str) -> PruneConfig:
     """The options of the rehearsal of a run."""
     batches = min(BATCHES, config.gate_init_batches)
+    repair_batches = min(REPAIR_BATCHES, config.repair_batches) if config.repair else config.repair_batches
     steps = rehearsal_steps(config)
     middle = max(1, (steps + 1) // 2)  # one checkpoint is written on the way, to be timed
     return config.replace(
-        steps=steps, tokens=None, gate_init_batches=batches, out=out, data=("self",), track=(), checkpoint_every=middle
+        steps=steps,
+        tokens=None,
+        gate_init_batches=batches,
+        repair_batches=repair_batches,
+        out=out,
+        data=("self",),
+        track=(),
+        checkpoint_every=middle,
     )
 
 
