@@ -203,10 +203,13 @@ def test_a_repaired_run_resumes_to_the_same_weights(repaired_run: PruneConfig, t
 def test_its_options_reach_it(repaired_run: PruneConfig, tmp_path: Path) -> None:
     found = []
     for number, changes in enumerate(({}, {"repair_damping": 1.0}, {"repair_batches": 1})):
-        config = repaired_run.replace(steps=6, teacher_lag=1, out=str(tmp_path / f"{number}"), **changes)
+        config = repaired_run.replace(steps=12, teacher_lag=1, out=str(tmp_path / f"{number}"), **changes)
         found.append(load_file(prune(config, Quiet()).run / "repaired.safetensors")["model.layers.1.mlp.down_proj.weight"])
     assert not torch.equal(found[0], found[1])
     assert not torch.equal(found[0], found[2])
+    for steps, batches in ((2, 1), (12, 3), (400, 64)):  # short runs do not spend themselves on it
+        assert PruneConfig.create(steps=steps, batch_size=2).repair_sequences == 2 * batches
+    assert PruneConfig.create(method="flap", steps=0, repair=True, batch_size=1).repair_sequences == 64
 
 
 def test_records_stay_without_it_and_exports_have_it(repaired_run: PruneConfig, tmp_path: Path) -> None:

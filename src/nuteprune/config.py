@@ -228,7 +228,9 @@ class PruneConfig:
         CHOSEN,
         "Repair",
     )
-    repair_batches: int = option(64, "Batches of training text that the repair is solved on.", CHOSEN, "Repair")
+    repair_batches: int = option(
+        64, "Batches of training text that the repair is solved on; at most a quarter of the steps.", CHOSEN, "Repair"
+    )
     repair_damping: float = option(
         0.3, "Weight of staying near the weights there are, in mean squares of the inputs.", CHOSEN, "Repair"
     )
@@ -375,7 +377,10 @@ class PruneConfig:
     @property
     def repair_sequences(self) -> int:
         """Sequences of training text that the repair is solved on; 0 without it."""
-        return self._before_training(self.repair_batches) if self.repair else 0
+        if not self.repair:
+            return 0
+        most = self.total_steps // 4 if self.total_steps else self.repair_batches  # else it takes longer than it saves
+        return min(self.repair_batches, max(1, most)) * self.batch_size
 
     def _before_training(self, batches: int) -> int:
         """Sequences in some batches; no more than training reads, but for one-shot methods, which may not train."""
