@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import make_tokenizer, text
 
+from nuteprune.chats import writer
 from nuteprune.data import Blocks, build_blocks, check_sources, pydoc_pages, read_documents
 from nuteprune.errors import DataError
 
@@ -161,3 +164,62 @@ def test_arrays_byte_order_marks_and_wide_tables(tmp_path: Path) -> None:
     assert list(read_documents(str(tmp_path / "f.parquet"))) == ["one", "two"]
     with pytest.raises(DataError, match=r"no column body \(there is text, other\); name it with --text-key"):
         list(read_documents(str(tmp_path / "f.parquet"), "body"))
+
+
+TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>\n{% endfor %}"
+CHATS = [
+    {"instruction": "one red dog", "input": "", "output": "two green hills"},
+    {"instruction": "one red dog", "input": "it rained", "output": "all day"},
+    {"messages": [{"role": "user", "content": "one red dog"}, {"role": "assistant", "content": "two green hills"}]},
+    {"conversations": [{"from": "human", "value": "it rained"}, {"from": "gpt", "value": "all day"}], "text": None},
+    {"text": "it rained all day", "instruction": "not this", "output": "nor this"},
+]
+WRITTEN = [
+    "<user>one red dog</s>\n<assistant>two green hills</s>",
+    "<user>one red dog\n\nit rained</s>\n<assistant>all day</s>",
+    "<user>one red dog</s>\n<assistant>two green hills</s>",
+    "<user>it rained</s>\n<assistant>all day</s>",
+    "it rained all day",
+]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+@pytest.mark.parametrize("template", [True, False])
+def test_chats_are_text_as_the_models_template_writes_them(name: str, template: bool, tmp_path: Path) -> None:
+    source, tokenizer = tmp_path / name, make_tokenizer()
+    if name.endswith(".parquet"):
+        import pyarrow
+        import pyarrow.parquet
+
+        keys = sorted({key for record in CHATS for key in record})
+        pyarrow.parquet.write_table(pyarrow.table({k: [r.get(k) for r in CHATS] for k in keys}), source)
+    else:
+        source.write_text("".join(json.dumps(record) + "\n" for record in CHATS), encoding="utf-8")
+    if template:
+        tokenizer.chat_template = TEMPLATE
+        expected = WRITTEN
+    else:
+        expected = [re.sub(r"<user>|</s>", "", w).replace("\n<assistant>", "\n\n") for w in WRITTEN]
+    assert list(read_documents(str(source), written=writer(tokenizer))) == expected
+
+    check_sources((str(source),), "text")
+    blocks = build_blocks(
+        tmp_path / "b.safetensors", (str(source),), tokenizer, seq_len=4, blocks=100, held_out=0, least=1, seed=0
+    )
+    ids = blocks.read(list(range(blocks.count))).flatten().tolist()
+    assert tokenizer.bos_token_id not in ids
+    end = tokenizer.eos_token_id
+    assert (end, end) not in list(itertools.pairwise(ids))  # the template closed the document already
+    ends = sum(w.count("</s>") for w in WRITTEN) + 1 if template else len(CHATS)
+    assert ids.count(end) in (ends, ends - 1)  # what does not fill a block is left out
+
+
+def test_a_chat_that_the_template_refuses_is_named(tmp_path: Path) -> None:
+    source, tokenizer = tmp_path / "a.jsonl", make_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('roles must take turns') }}"
+    source.write_text("".join(json.dumps(r) + "\n" for r in ({"text": "fine"}, CHATS[2])), encoding="utf-8")
+    with pytest.raises(DataError, match=r"a.jsonl, line 2: the tokenizer's chat template refuses it \(roles must take turns\)"):
+        list(read_documents(str(source), written=writer(tokenizer)))
+    source.write_text('{"body": "fine"}\n{"instruction": "one", "input": ""}\n', encoding="utf-8")
+    with pytest.raises(DataError, match=r"a.jsonl, line 2: no text field 'body' \(there is instruction, input\)"):
+        list(read_documents(str(source), "body"))

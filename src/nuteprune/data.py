@@ -1,7 +1,8 @@
 """The one way in for text: sources -> documents -> token blocks on disk.
 
 A source is a file (text, jsonl, jsonl.gz, parquet), a hub data set, `pydoc` (the standard library's help pages) or
-`self` (text sampled from the intact model). Documents are shuffled by seed, joined by the end-of-text token and cut into
+`self` (text sampled from the intact model). Records without a text that are instructions or chats are text as well, as the
+model's chat template writes them. Documents are shuffled by seed, joined by the end-of-text token and cut into
 blocks; every source supplies an equal share of the tokens. Blocks are tokenised once and memory mapped.
 """
 
@@ -22,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from nuteprune.chats import COLUMNS, Writer, as_chat, joined, writer
 from nuteprune.errors import DataError, reason
 from nuteprune.files import save_tensors
 
@@ -57,12 +59,13 @@ def check_there(source: str, allowed: str) -> bool:
     return False
 
 
-def read_documents(source: str, text_key: str = "text") -> Iterator[str]:
+def read_documents(source: str, text_key: str = "text", written: Writer = joined) -> Iterator[str]:
     """Documents of a source other than `self`, in order.
 
     Args:
         source: a path, a hub id, or `pydoc`.
         text_key: field of the text in records.
+        written: how instructions and chats, in records without that field, are text.
 
     Yields:
         One text a document: a line of jsonl, a row of a table, or a whole text file.
@@ -75,8 +78,9 @@ def read_documents(source: str, text_key: str = "text") -> Iterator[str]:
     elif _is_text(Path(source)):
         yield "".join(line for _, line in _lines(Path(source)))
     else:
-        for where, record in read_records(source, (text_key,)):
-            yield _field(record, text_key, where)
+        for where, record in read_records(source, (text_key, *COLUMNS)):
+            chat = None if isinstance(record, dict) and record.get(text_key) is not None else as_chat(record)
+            yield _field(record, text_key, where) if chat is None else _text(written(where, chat))
 
 
 def _is_text(path: Path) -> bool:
@@ -182,6 +186,10 @@ def _field(record: Any, key: str, where: str) -> str:
     if not isinstance(value, str):
         fields = ", ".join(record) if isinstance(record, dict) else type(record).__name__
         raise DataError(f"{where}: no text field {key!r} (there is {fields}); name it with --text-key.")
+    return _text(value)
+
+
+def _text(value: str) -> str:
     return value.encode("utf-8", "replace").decode("utf-8")  # half of a surrogate pair, as JSON may hold, becomes "?"
 
 
@@ -194,8 +202,9 @@ def _read_table(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, Any
             names = file.schema_arrow.names
             wanted = [name for name in names if name in columns] or names
             if columns and wanted is names:
-                hint = "; name it with --text-key." if len(columns) == 1 else "."
-                raise DataError(f"{path}: no column {' or '.join(columns)} (there is {', '.join(names)}){hint}")
+                of_text = columns[0] not in COLUMNS
+                wanted_are, hint = (columns[0], "; name it with --text-key.") if of_text else (" or ".join(columns), ".")
+                raise DataError(f"{path}: no column {wanted_are} (there is {', '.join(names)}){hint}")
             row = 0
             for batch in file.iter_batches(columns=wanted):
                 for record in batch.to_pylist():
@@ -314,7 +323,9 @@ def build_blocks(
             assert sample is not None
             documents = sample(wanted)
         else:
-            documents = _tokenised(_shuffled(source, text_key, seed, wanted), tokenizer)
+            documents = _tokenised(
+                _shuffled(read_documents(source, text_key, writer(tokenizer)), f"{seed}-{source}", wanted), tokenizer
+            )
         for document in documents:
             ids += document
             if len(ids) >= wanted:
@@ -335,19 +346,19 @@ def build_blocks(
     return Blocks.open(path)
 
 
-def _shuffled(source: str, text_key: str, seed: int, tokens: int) -> Iterator[str]:
+def _shuffled(documents: Iterator[str], seed: str, tokens: int) -> Iterator[str]:
     """Documents in random order; long ones in pieces, so that one book does not fill the budget.
 
     Of a very large source only a beginning is read and shuffled, about ten times the text needed.
     """
     texts: list[str] = []
     room = max(2**26, 40 * tokens)  # characters
-    for text in read_documents(source, text_key):
+    for text in documents:
         texts += _pieces(text)
         room -= len(text)
         if room < 0:
             break
-    random.Random(f"{seed}-{source}").shuffle(texts)
+    random.Random(seed).shuffle(texts)
     yield from texts
 
 
@@ -373,7 +384,7 @@ def _tokenised(texts: Iterator[str], tokenizer: PreTrainedTokenizerBase, group: 
 
     def encode(batch: list[str]) -> Iterator[list[int]]:
         for ids in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
-            yield list(ids) + end
+            yield list(ids) + (end if ids[-1:] != end else [])  # a chat may be closed already
 
     batch: list[str] = []
     for text in texts:

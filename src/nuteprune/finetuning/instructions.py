@@ -1,36 +1,27 @@
-"""Instructions with answers: records of several formats -> token ids, of which the answers' are learned.
-
-Records are Alpaca's (instruction, perhaps input, output; Taori et al. 2023) or chats (`messages` of role and content, or
-ShareGPT's `conversations` of from and value).
-"""
+"""Instructions with answers: chats (`nuteprune.chats`) -> token ids, of which the answers' are learned."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from jinja2.exceptions import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from nuteprune.chats import COLUMNS, ROLES, Message, as_chat, has_template, rendered
 from nuteprune.data import read_records
 from nuteprune.errors import ConfigError, DataError
 
 EXAMPLES = "data/examples.safetensors"  # in the folder of a fine-tuning
 NAMED = {"alpaca": "yahma/alpaca-cleaned"}  # on the hub; the cleaned Alpaca that LLM-Pruner and NutePrune tune on
 IGNORED = -100  # label of a token that is not learned
-ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 
 # Stanford Alpaca's prompt, word for word: models tuned with it expect it.
 _PREAMBLE = "Below is an instruction that describes a task{more}. Write a response that appropriately completes the request."
 _INPUT = ", paired with an input that provides further context"
 
-COLUMNS = ("instruction", "input", "output", "messages", "conversations")
-
-Message = dict[str, str]
 Progress = Callable[[int, int], None]
 
 
@@ -133,7 +124,7 @@ def read_chats(source: str) -> Iterator[tuple[str, list[Message]]]:
         DataError: a record that is no instruction.
     """
     for where, record in read_records(source, COLUMNS):
-        messages = _messages(record)
+        messages = as_chat(record)
         if messages is None:
             found = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
             raise DataError(
@@ -158,56 +149,27 @@ def pick_template(tokenizer: PreTrainedTokenizerBase, asked: str) -> str:
     Raises:
         ConfigError: `chat` was asked for, but the tokenizer has no template.
     """
-    has = getattr(tokenizer, "chat_template", None) is not None
+    has = has_template(tokenizer)
     if asked == "chat" and not has:
         raise ConfigError("--template got 'chat', but the tokenizer has no chat template; give alpaca.")
     return "chat" if asked != "alpaca" and has else "alpaca"
 
 
-def _messages(record: Any) -> list[Message] | None:
-    """A record as a chat; None for what is none."""
-    if not isinstance(record, dict):
-        return None
-    if isinstance(record.get("instruction"), str) and isinstance(record.get("output"), str):
-        extra = record.get("input") or ""
-        if not isinstance(extra, str):
-            return None
-        asked = record["instruction"] + (f"\n\n{extra}" if extra.strip() else "")
-        chat = [{"role": "user", "content": asked}, {"role": "assistant", "content": record["output"]}]
-        return [chat[0] | {"instruction": record["instruction"], "input": extra}, chat[1]]
-    for key, role, content in (("messages", "role", "content"), ("conversations", "from", "value")):
-        turns = record.get(key)
-        if not isinstance(turns, list) or not turns:
-            continue
-        if all(isinstance(t, dict) and str(t.get(role)) in ROLES and isinstance(t.get(content), str) for t in turns):
-            return [{"role": ROLES[t[role]], "content": t[content]} for t in turns]
-    return None
-
-
 def _chat(tokenizer: PreTrainedTokenizerBase, where: str, messages: list[Message]) -> tuple[list[int], list[bool]]:
     """By the tokenizer's template; what it adds after an answer (the end of the turn) is learned too."""
-    plain = [{"role": m["role"], "content": m["content"]} for m in messages]
-
-    def rendered(upto: int, prompt: bool) -> str:
-        return str(tokenizer.apply_chat_template(plain[:upto], tokenize=False, add_generation_prompt=prompt))
-
     text, ids, learned = "", list[int](), list[bool]()
-    try:
-        for turn, message in enumerate(plain):
-            if message["role"] != "assistant":
-                continue
-            for whole, answer in ((rendered(turn, True), False), (rendered(turn + 1, False), True)):
-                if not whole.startswith(text):
-                    raise ConfigError(
-                        f"{where}: the tokenizer's chat template does not continue its own prompt, so answers cannot be told "
-                        "from it; give --template alpaca."
-                    )
-                more = _continued(tokenizer, ids, text, whole)
-                text, ids, learned = whole, ids + more, learned + [answer] * len(more)
-    except ConfigError:
-        raise
-    except (TemplateError, ValueError, TypeError, KeyError) as error:  # what templates end in
-        raise DataError(f"{where}: the tokenizer's chat template refuses it ({error}); give --template alpaca.") from error
+    for turn, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        for upto, answer in ((turn, False), (turn + 1, True)):
+            whole = rendered(tokenizer, where, messages[:upto], prompt=not answer, instead="; give --template alpaca")
+            if not whole.startswith(text):
+                raise ConfigError(
+                    f"{where}: the tokenizer's chat template does not continue its own prompt, so answers cannot be told "
+                    "from it; give --template alpaca."
+                )
+            more = _continued(tokenizer, ids, text, whole)
+            text, ids, learned = whole, ids + more, learned + [answer] * len(more)
     return ids, learned
 
 
