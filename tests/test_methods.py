@@ -246,6 +246,8 @@ def test_a_measured_balance_is_that_of_the_run(small_run: PruneConfig, tmp_path:
     (bias,) = found
     given = prune(one_shot(small_run, "taylor", tmp_path / "b", **options, head_bias=bias), Quiet())
     assert len(found) == 1
+    for result in (measured, given):  # kept for who wants to give it the next time
+        assert json.loads((result.run / "result.json").read_text(encoding="utf-8"))["head_bias"] == bias
     one, two = (load_file(r.model / "model.safetensors") for r in (measured, given))
     assert all(torch.equal(one[k], two[k]) for k in one)
 
@@ -255,6 +257,8 @@ def test_a_resumed_baseline_is_a_straight_one(small_run: PruneConfig, tmp_path: 
     first = prune(one_shot(small_run, "flap", tmp_path / "b"), Quiet(interrupt_after=4))
     assert not first.complete
     second = resume(first.run, Quiet())
+    assert second.figures is not None
+    assert second.figures.head_bias is None  # flap has a balance of its own
     one, two = (load_file(r.model / "model.safetensors") for r in (straight, second))
     assert all(torch.equal(one[k], two[k]) for k in one)
 

@@ -10,10 +10,9 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from nuteprune.config import PruneConfig
+from nuteprune.console import finish, finish_tuning, print_comparison, print_tables, reporter
 from nuteprune.errors import ConfigError, NutePruneError
 from nuteprune.finetuning.options import FinetuneOptions
 from nuteprune.launcher import is_first, launched
@@ -59,7 +58,7 @@ def prune_command(
 
     from nuteprune.job import prune
 
-    _finish(prune(checked, _reporter(quiet)))
+    finish(prune(checked, reporter(quiet)))
 
 
 @app.command(
@@ -90,13 +89,13 @@ def estimate_command(
 
     check_output("--json", json_file)
     _clean_end()
-    found = estimate(checked, gpu or (), not no_measure, _reporter(quiet))
+    found = estimate(checked, gpu or (), not no_measure, reporter(quiet))
     if json_file is not None:
         save_json(json_file, found.to_dict())
     console = Console()
     for line in found.lines():
         print(line)
-    _print_tables(console, found.tables())
+    print_tables(console, found.tables())
     if found.gpus:
         print(assumptions())
 
@@ -150,7 +149,7 @@ def export_command(
     _clean_end()
     options = ExportOptions(format_, _shares(sparsity), out, outtype, dtype, max_shard_size, tokenizer_pre, device)
     try:
-        written = export_run(run, options, _reporter(quiet))
+        written = export_run(run, options, reporter(quiet))
     except KeyboardInterrupt:
         print("stopped; what was not written whole is not there, and older exports are as they were", file=sys.stderr)
         raise typer.Exit(130) from None
@@ -174,9 +173,9 @@ def resume_command(
     if is_finetuning(run):
         if launched() > 1:
             raise ConfigError(f"fine-tuning {run} works in one process, got {launched()}; start it without the launcher.")
-        _finish_tuning(resume_finetune(run, _reporter(quiet)))
+        finish_tuning(resume_finetune(run, reporter(quiet)))
     else:
-        _finish(resume(run, _reporter(quiet)))
+        finish(resume(run, reporter(quiet)))
 
 
 @app.command(
@@ -194,7 +193,7 @@ def finetune_command(
 
     from nuteprune.finetuning.run import finetune
 
-    _finish_tuning(finetune(checked, _reporter(quiet)))
+    finish_tuning(finetune(checked, reporter(quiet)))
 
 
 @app.command(
@@ -276,13 +275,13 @@ def eval_command(
         resume=resume,
     )
     try:
-        records = evaluate(model, options, _reporter(quiet), dense=dense, json_file=json_file)
+        records = evaluate(model, options, reporter(quiet), dense=dense, json_file=json_file)
     except KeyboardInterrupt:
         kept = "the tasks that were done are kept; go on with the same command and --resume"
         print(f"stopped; {kept if run_folder(model) or json_file else 'nothing is kept without --json'}", file=sys.stderr)
         raise typer.Exit(130) from None
     if len(records) > 1:
-        _print_comparison(compare(records))
+        print_comparison(compare(records))
     else:
         print("\n".join(records[0].lines()))
 
@@ -310,7 +309,7 @@ def compare_command(
     if markdown:
         print(found.markdown(), end="")
     else:
-        _print_comparison(found)
+        print_comparison(found)
 
 
 @app.command(
@@ -340,11 +339,11 @@ def bench_command(
     check_output("--json", json_file)
     _clean_end()
     options = BenchOptions(prompt_tokens, new_tokens, rounds, threads, device, dtype)
-    found = run_bench(model, against, options, _reporter(quiet))
+    found = run_bench(model, against, options, reporter(quiet))
     if json_file is not None:
         save_json(json_file, found.to_dict())
     console = Console()
-    _print_tables(console, [("", *found.table())], right=True)
+    print_tables(console, [("", *found.table())], right=True)
     for note in found.notes:
         console.print(note, highlight=False, markup=False, soft_wrap=True)
 
@@ -363,7 +362,7 @@ def report_command(
 
     if watch is not None and watch < 1:
         raise ConfigError(f"--watch got {watch}; allowed is a whole number of seconds from 1.")
-    page = write_report(run, _reporter(quiet)) if watch is None else watch_report(run, _reporter(quiet), watch)
+    page = write_report(run, reporter(quiet)) if watch is None else watch_report(run, reporter(quiet), watch)
     print(page)
 
 
@@ -380,7 +379,7 @@ def inspect_command(
         return
     console = Console()
     console.print(found.headline, highlight=False, soft_wrap=True)
-    _print_tables(console, found.tables())
+    print_tables(console, found.tables())
 
 
 @app.command(name="demo")
@@ -393,16 +392,8 @@ def demo_command(
     """Prunes SmolLM2-135M by 25 % and compares dense and pruned on text not trained on."""
     from nuteprune.demo import run_demo
 
-    code = run_demo(out, tokens, _reporter(False))
+    code = run_demo(out, tokens, reporter(False))
     raise typer.Exit(code)
-
-
-def _print_comparison(comparison: Any) -> None:
-    console = Console()
-    header, body = comparison.table()
-    _print_tables(console, [("", tuple(header), [tuple(row) for row in body])], right=True)
-    for note in comparison.notes:
-        console.print(note, highlight=False, markup=False, soft_wrap=True)
 
 
 def _merged(model: str | None, config: Path | None, options: dict[str, Any]) -> PruneConfig:
@@ -443,52 +434,6 @@ def _shares(text: str | None) -> tuple[float, ...]:
         return tuple(float(part) for part in text.split(",")) if text is not None else ()
     except ValueError:
         raise ConfigError(f"--sparsity got {text!r}; give shares such as 0.25, or several: 0.10,0.15,0.20.") from None
-
-
-def _print_tables(
-    console: Console, tables: list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]], right: bool = False
-) -> None:
-    """Prints titled tables; the columns but the first to the right, if asked."""
-    for title, columns, rows in tables:
-        table = Table(*map(escape, columns), title=escape(title) or None, title_justify="left")
-        for column in table.columns[1:] if right else ():
-            column.justify = "right"
-        for row in rows:
-            table.add_row(*map(escape, row))
-        console.print(table)
-
-
-def _reporter(quiet: bool) -> Any:
-    from nuteprune.progress import Reporter
-
-    return Reporter(Console(stderr=True, quiet=quiet))
-
-
-def _finish_tuning(result: Any) -> None:
-    """Prints what a fine-tuning left; exit code 130 if it was stopped."""
-    if not result.complete:
-        raise typer.Exit(130)
-    from nuteprune.finetuning.run import summary
-
-    for line in summary(result):
-        print(line)
-
-
-def _finish(result: Any) -> None:
-    """Prints what a job left; exit code 130 if it was stopped."""
-    if not result.complete:
-        raise typer.Exit(130)
-    if (f := result.figures) is None:  # the main process prints them
-        return
-    print(f"model: {result.model}")
-    print(f"blocks: {f.blocks_before:,} -> {f.blocks_after:,} parameters (-{100 * f.block_sparsity:.2f} %)")
-    removed = f"-{100 * f.total_sparsity:.2f} %"
-    print(f"all: {f.total_before:,} -> {f.total_after:,} parameters ({removed}), {f.file_bytes / 1e6:.1f} MB")
-    if f.dense is not None and f.pruned is not None:
-        ratio = f.pruned.perplexity / f.dense.perplexity
-        print(f"perplexity: {f.dense.perplexity:.2f} -> {f.pruned.perplexity:.2f} (x {ratio:.3f}); {f.pruned.protocol}")
-    exact = f" ({f.exact.largest:.2e} in float64)" if f.exact is not None else ""
-    print(f"largest logit difference to the masked model: {f.equality.largest:.2e}{exact}")
 
 
 def main() -> None:

@@ -446,6 +446,7 @@ class _Job:
                 pruned=pruned,
                 tokens=trainer.state.tokens,
                 seconds=trainer.state.seconds,
+                head_bias=trainer.state.head_bias,
             )
             facts = dataclasses.replace(facts, figures=figures, masks=masks, masks_of="the pruned model")
             save_text(folder / "README.md", model_card(facts))

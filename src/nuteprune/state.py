@@ -42,6 +42,8 @@ class TrainState:
         skipped: steps left out because loss or gradients were not finite.
         skipped_in_a_row: how many of them came right before the next step.
         seconds: time spent in steps, without what happens between them (importance, freezing, repair).
+        head_bias: standard deviations by which heads were favoured when gates started by importance (`balance`); None
+            where importance has no such balance.
     """
 
     step: int = 0
@@ -52,6 +54,7 @@ class TrainState:
     skipped: int = 0
     skipped_in_a_row: int = 0
     seconds: float = 0.0
+    head_bias: float | None = None
 
 
 def write_checkpoint(trainer: Trainer) -> Path:

@@ -148,7 +148,9 @@ class Trainer:
             sparsity = config.sparsity * number / config.passes
             with self.counter(IMPORTANCE) as progress:
                 scores = unit_scores(config.gate_init, self.masked, self.gates, text, progress, kept)
-            scores = favoured(scores, self.head_bias(scores, sparsity))
+            if config.balanced:
+                self.state.head_bias = self.head_bias(scores, sparsity)
+                scores = favoured(scores, self.state.head_bias)
             if not config.one_shot:  # an outlier, as flap has, would start beyond what training can move
                 scores = {kind: score.clamp(max=OUTLIER) for kind, score in scores.items()}
             self.gates.start_from(scores)
@@ -157,10 +159,9 @@ class Trainer:
 
     def head_bias(self, scores: Unit, sparsity: float) -> float:
         """How much heads and whole blocks are favoured in a cut to a sparsity: as asked, or measured."""
-        count = min(self.config.balance_sequences, self.blocks.count)
-        if not count:
-            return self.config.head_bias or 0.0
-        text = self.blocks.read(list(range(count)))
+        if self.config.head_bias is not None:
+            return self.config.head_bias
+        text = self.blocks.read(list(range(min(self.config.balance_sequences, self.blocks.count))))
         with self.counter(BALANCE) as progress:
             return measured_bias(self.masked, scores, lambda tried: self.hard_masks(tried, sparsity), text, progress)
 

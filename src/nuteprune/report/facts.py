@@ -43,6 +43,7 @@ class Figures:
         dense, pruned: perplexity before and after, or None where the text was too short to hold any out.
         tokens: training tokens.
         seconds: time in training steps.
+        head_bias: how much heads were favoured over channels at the start (`TrainState`).
     """
 
     blocks_before: int
@@ -59,6 +60,7 @@ class Figures:
     pruned: Perplexity | None
     tokens: int
     seconds: float
+    head_bias: float | None = None
 
     @property
     def block_sparsity(self) -> float:
@@ -87,6 +89,7 @@ class Figures:
             "perplexity_after": self.pruned.to_dict() if self.pruned else None,
             "training_tokens": self.tokens,
             "training_seconds": self.seconds,
+            "head_bias": self.head_bias,
         }
 
     @classmethod
@@ -110,6 +113,7 @@ class Figures:
             pruned=None if after is None else Perplexity.from_dict(after),
             tokens=found["training_tokens"],
             seconds=found["training_seconds"],
+            head_bias=found["head_bias"],
         )
 
 
