@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib
 import json
 import sys
@@ -97,6 +98,26 @@ def test_runs_of_other_options_are_not_gone_on_with(
     with modules["run"].claimed(work / "g_wanda-s0.lock") as first, modules["run"].claimed(work / "g_wanda-s0.lock") as second:
         assert first is not None
         assert second is None
+
+
+def test_rows_that_choose_are_not_those_that_are_reported(modules: dict[str, ModuleType], tmp_path: Path) -> None:
+    rows, work = tmp_path / "zeroshot", tmp_path / "work"
+    rows.mkdir()
+    work.mkdir()
+    (rows / "a_test.jsonl").write_text("".join(f'{{"row": {n}}}\n' for n in range(5)))
+    (rows / "b_test.jsonl.gz").write_bytes(gzip.compress(b'{"row": 0}\n{"row": 1}\n{"row": 2}\n{"row": 3}\n'))
+    (rows / "c_test.jsonl").write_text('{"row": 0}\n')
+    after = modules["run"].rows_after
+    assert after(0, rows, work) == rows
+    found = after(3, rows, work)
+    assert {p.name: p.read_text() for p in found.iterdir()} == {
+        "a_test.jsonl": '{"row": 3}\n{"row": 4}\n', "b_test.jsonl": '{"row": 3}\n',
+    }  # fmt: skip
+    stamp = (found / "a_test.jsonl").stat().st_mtime_ns
+    assert after(3, rows, work) == found
+    assert (found / "a_test.jsonl").stat().st_mtime_ns == stamp
+    given = modules["run"].protocol({"ppl": [], "tasks": "a", "limit": 2}, tmp_path, found, False)
+    assert given[given.index("--task-data") + 1] == str(found)
 
 
 def test_a_list_with_mistakes_is_refused(modules: dict[str, ModuleType], tmp_path: Path, model_folder: Path) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import gzip
 import json
 import shutil
 import subprocess
@@ -27,7 +28,16 @@ from experiments import LIST, RESULTS, Experiment, read
 from nuteprune import files
 from nuteprune.files import save_json, save_text
 
-KEPT = ("blocks", "model", "model_class", "largest_logit_difference", "training_tokens", "training_seconds")
+KEPT = (
+    "blocks",
+    "model",
+    "model_class",
+    "largest_logit_difference",
+    "training_tokens",
+    "training_seconds",
+    "head_bias",
+    "perplexity_after",
+)
 MODEL = "smollm2-135m"
 
 
@@ -89,7 +99,8 @@ def run(experiment: Experiment, data: Path, work: Path, keep: bool, lock: int) -
             given = work / f"{folder.name}.options.yaml"
             save_text(given, yaml.safe_dump(options))
             nuteprune(lock, *(["resume", str(folder)] if folder.is_dir() else ["prune", "--config", str(given)]))
-    nuteprune(lock, "eval", subject, "--json", str(record), *protocol(experiment.evaluate, data, record.is_file()))
+    rows = rows_after(experiment.evaluate.get("skip", 0), data / "zeroshot", work)
+    nuteprune(lock, "eval", subject, "--json", str(record), *protocol(experiment.evaluate, data, rows, record.is_file()))
 
     figures: dict[str, Any] = {}
     if experiment.options:
@@ -111,6 +122,7 @@ def run(experiment: Experiment, data: Path, work: Path, keep: bool, lock: int) -
         "perplexity": measured["perplexity"],
         "tasks": measured["tasks"],
         "environment": measured["environment"],
+        "evaluate": experiment.evaluate,
     }
     save_json(experiment.result, result)
     record.unlink()
@@ -118,15 +130,32 @@ def run(experiment: Experiment, data: Path, work: Path, keep: bool, lock: int) -
         shutil.rmtree(folder)
 
 
-def protocol(evaluate: dict[str, Any], data: Path, begun: bool) -> list[str]:
-    """Arguments of `nuteprune eval`."""
+def rows_after(skip: int, rows: Path, work: Path) -> Path:
+    """A folder of the tasks' files without their first rows, made once; so a recipe is chosen by rows that are not reported."""
+    if not skip:
+        return rows
+    made = work / f"{rows.name}-after-{skip}"
+    for path in sorted(rows.glob("*.jsonl*")):
+        if (target := made / path.name.removesuffix(".gz")).is_file():
+            continue
+        opened = gzip.open if path.suffix == ".gz" else open
+        with opened(path, "rt", encoding="utf-8") as file:
+            kept = list(file)[skip:]
+        if kept:  # some sets have no more rows
+            target.parent.mkdir(exist_ok=True)
+            save_text(target, "".join(kept))
+    return made
+
+
+def protocol(evaluate: dict[str, Any], data: Path, rows: Path, begun: bool) -> list[str]:
+    """Arguments of `nuteprune eval`; `rows` is the folder of the tasks' files."""
     found = ["--data-dir", str(data)]
     for text in evaluate["ppl"]:
         found += ["--ppl", str(data / text) if "." in text else text]
     for name in ("windows", "dtype"):
         found += [f"--{name}", str(evaluate[name])] if name in evaluate else []
     if "tasks" in evaluate:
-        found += ["--tasks", evaluate["tasks"], "--task-data", str(data / "zeroshot")]
+        found += ["--tasks", evaluate["tasks"], "--task-data", str(rows)]
         found += ["--limit", str(evaluate["limit"])] if "limit" in evaluate else []
         found += ["--resume"] if begun else []
     return found
