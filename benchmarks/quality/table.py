@@ -1,15 +1,16 @@
 """Tables and pictures from the results of run.py.
 
-    python benchmarks/quality/table.py [--only ablation,main] [--picture docs/pictures]
+    python benchmarks/quality/table.py [--only ablation,candidates] [--picture docs/pictures]
 
-Prints a Markdown table a group: parameters, perplexities against the dense model's, tasks. With --picture: quality
-against sparsity, and against tokens, for groups that have the runs for it.
+Prints a Markdown table a group: parameters, perplexities against the dense model's, tasks. With --picture: quality against
+sparsity, and against tokens, of the groups named, where they have the runs for it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 from collections import defaultdict
 from dataclasses import dataclass
@@ -51,12 +52,13 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, help="folder for the pictures")
     args = parser.parse_args()
     groups = read()
-    for group, rows in groups.items():
-        if not args.only or group in args.only.split(","):
-            print(f"### {group}\n\n{table(rows, dense_of(groups, rows))}\n")
+    chosen = [group for group in groups if not args.only or group in args.only.split(",")]
+    for group in chosen:
+        print(f"### {group}\n\n{table(groups[group], dense_of(groups, groups[group]))}\n")
     if args.picture is not None:
         args.picture.mkdir(parents=True, exist_ok=True)
-        draw(groups, args.picture)
+        for picture in draw(groups, chosen, args.picture):
+            print(picture)
 
 
 def read() -> dict[str, list[Row]]:
@@ -127,40 +129,59 @@ def average(row: Row, tasks: list[str]) -> float | None:
     return statistics.fmean(v for v in found if v is not None) if found and None not in found else None
 
 
-def draw(groups: dict[str, list[Row]], folder: Path) -> None:
-    """Perplexity over the dense model's, against sparsity and against tokens, a line a method."""
+def draw(groups: dict[str, list[Row]], chosen: list[str], folder: Path) -> list[Path]:
+    """Pictures of what is kept, against sparsity and against tokens: a panel a text and one for tasks, a line a method.
+
+    Args:
+        groups: all results, among which the dense model's are looked for.
+        chosen: the groups to draw; they should differ in tokens only.
+        folder: where the pictures go.
+
+    Returns:
+        The pictures that there were enough results for, two points a line at least.
+    """
     import matplotlib.pyplot as plt
 
+    made = []
     for axis, label in (("sparsity", "block parameters removed (%)"), ("tokens", "training tokens")):
-        lines: dict[str, list[tuple[float, float]]] = defaultdict(list)
-        for rows in groups.values():
-            dense = next((row for row in rows if row.name == "dense"), None)
-            if dense is None or "wikitext2" not in dense.results[0]["perplexity"]:
-                continue
-            base = dense.perplexity("wikitext2")[0]
-            for row in (r for r in rows if r is not dense):
+        panels: dict[str, dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
+        for rows in (groups[name] for name in chosen):
+            dense = dense_of(groups, rows)
+            for row in rows if dense is not None else ():
                 options = row.results[0]["options"]
-                values = row.perplexity("wikitext2")
-                if "tokens" not in options or not values:
+                if row is dense or "tokens" not in options:
                     continue
-                method = options.get("method", "nuteprune")
-                other = options["tokens"] if axis == "sparsity" else options["sparsity"]
-                place = 100 * options["sparsity"] if axis == "sparsity" else options["tokens"]
-                named = f"{method}, {other:,} tokens" if axis == "sparsity" else f"{method}, {100 * other:.0f} %"
-                lines[named].append((place, statistics.fmean(values) / base))
-        lines = {name: sorted(points) for name, points in lines.items() if len(points) > 1}
-        if not lines:
+                assert dense is not None
+                removed, tokens = 100 * options["sparsity"], options["tokens"]
+                method = re.sub(r"-\d+$", "", row.name)
+                line = f"{method}, {tokens:,} tokens" if axis == "sparsity" else f"{method}, {removed:g} %"
+                place = removed if axis == "sparsity" else tokens
+                for text in row.results[0]["perplexity"]:
+                    if base := dense.perplexity(text):
+                        ratio = statistics.fmean(row.perplexity(text)) / statistics.fmean(base)
+                        panels[f"{text}: perplexity over the dense model's"][line].append((place, ratio))
+                tasks = telling(dense)
+                own, base_mean = average(row, tasks), average(dense, tasks)
+                if own is not None and base_mean:
+                    panels[f"{', '.join(tasks)}: mean over the dense model's"][line].append((place, own / base_mean))
+        found = {title: {n: sorted(p) for n, p in lines.items() if len(p) > 1} for title, lines in panels.items()}
+        found = {title: lines for title, lines in found.items() if lines}
+        if not found:
             continue
-        figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-        for name, points in lines.items():
-            axes.plot(*zip(*points, strict=True), marker="o", label=name)
-        axes.set(xlabel=label, ylabel="WikiText-2 perplexity over the dense model's")
-        if axis == "tokens":
-            axes.set_xscale("log")
-        axes.grid(alpha=0.3)
-        axes.legend()
-        figure.savefig(folder / f"quality-{axis}.png", dpi=150)
+        figure, axes = plt.subplots(1, len(found), figsize=(4.6 * len(found), 4.2), layout="constrained", squeeze=False)
+        for panel, (title, lines) in zip(axes[0], sorted(found.items(), reverse=True), strict=True):
+            for name, points in sorted(lines.items()):
+                panel.plot(*zip(*points, strict=True), marker="o", label=name)
+            panel.set(xlabel=label)
+            panel.set_title(title, fontsize=8)
+            if axis == "tokens":
+                panel.set_xscale("log")
+            panel.grid(alpha=0.3)
+            panel.legend(fontsize=8)
+        made.append(folder / f"quality-{axis}.png")
+        figure.savefig(made[-1], dpi=120)
         plt.close(figure)
+    return made
 
 
 if __name__ == "__main__":
