@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,9 @@ from nuteprune.arch import Arch
 from nuteprune.arrangement import Arrangement
 from nuteprune.compact import Compactor
 from nuteprune.errors import ExportError
-from nuteprune.export.hf import build_compact, check_equal, compact_config, is_stock, stock_config, write_folder
+from nuteprune.export import equality
+from nuteprune.export.equality import Equality, check_equal, logit_difference
+from nuteprune.export.hf import build_compact, compact_config, is_stock, stock_config, write_folder
 from nuteprune.export.llamacpp import ARCHITECTURES, least
 from nuteprune.families import FAMILIES
 from nuteprune.masking import MaskedModel
@@ -153,9 +156,9 @@ def test_masked_equals_compact_everywhere(family: str, changes: dict[str, Any], 
     assert (compact(ids).logits - masked.logits(ids)).abs().max() < 1e-4
     before = [(p.data_ptr(), p.dtype) for p in masked.model.parameters()]
     for dtype, limit in ((torch.float32, 1e-4), (torch.float64, 1e-9)):
-        equality = check_equal(masked, masks, config, ids, dtype)  # layer by layer
-        assert equality.largest < limit
-        assert equality.scale > 0.1  # the comparison is not of zeros
+        largest, scale = logit_difference(masked, masks, config, ids, dtype)  # layer by layer
+        assert largest < limit
+        assert scale > 0.1  # the comparison is not of zeros
     assert [(p.data_ptr(), p.dtype) for p in masked.model.parameters()] == before
 
     save(tmp_path / "m", compactor, config)
@@ -185,7 +188,7 @@ def test_zeros_that_fill_layers_up_change_nothing(family: str, changes: dict[str
         filled = Compactor(masked, masks, fill=fill).counts
         assert filled.layers == left.layers
         assert filled != left
-        assert check_equal(masked, masks, config, ids, torch.float64, fill=fill).largest < 1e-9
+        assert check_equal(masked, masks, config, ids, fill=fill).exact < 1e-9
     assert left.widest.uniform
     narrow = dataclasses.replace(left, intermediate=tuple(n // 2 for n in left.intermediate))
     with pytest.raises(ValueError, match="a width is smaller"):
@@ -266,7 +269,7 @@ def test_like_layers_make_a_stock_model(family: str, tmp_path: Path) -> None:
     compactor = Compactor(masked, masks)
     assert is_stock(compact_config(config, arch, compactor.counts))
     ids = torch.randint(2, 96, (2, 12), generator=torch.Generator().manual_seed(1))
-    assert check_equal(masked, masks, config, ids, torch.float64).largest < 1e-9
+    assert check_equal(masked, masks, config, ids).exact < 1e-9
     save(tmp_path / "m", compactor, config)
     assert not (tmp_path / "m/modeling_nuteprune.py").exists()
     assert "auto_map" not in json.loads((tmp_path / "m/config.json").read_text())
@@ -382,3 +385,34 @@ def test_bfloat16_embeddings_keep_the_scale_that_the_dense_model_has(family: str
             Source.find(str(tmp_path / "m")).model(torch.device("cpu"), torch.bfloat16).get_input_embeddings()(ids).float()
         )
     assert (compact.norm() / dense.norm()).item() == pytest.approx(1.0, abs=5e-4)
+
+
+def test_rounding_is_told_from_a_wrong_fold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Float64 judges the fold; float32 may round as much as a model's activations make it."""
+    masked = masked_model(tiny_config())
+    masks = random_masks(masked.arch)
+    ids = torch.arange(2, 42).view(2, 20)
+    found: dict[torch.dtype, tuple[float, float]] = {}
+
+    def difference(*args: Any) -> tuple[float, float]:
+        return found[args[4]]
+
+    def compared(exact: float, rounded: float, scale: float = 30.0) -> Equality:
+        found.update({torch.float64: (exact, scale), torch.float32: (rounded, scale)})
+        return equality.check_equal(masked, masks, tiny_config(), ids)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(equality, "logit_difference", difference)
+        assert compared(1e-11, 1.14e-3) == Equality(1.14e-3, 40, 30.0, 1e-11, 40)  # a run of SmolLM2 by 50 % ended so
+        for exact, rounded in ((1e-4, 1e-3), (math.nan, 1e-3), (math.inf, 1e-3)):
+            with pytest.raises(ExportError, match=r"computed in float64 \(allowed 3.0e-05\); nothing was written"):
+                compared(exact, rounded)
+        for rounded in (0.7, math.nan):
+            with pytest.raises(ExportError, match=r"in float32 \(allowed 6.0e-01\), though by 1.0e-11 in float64"):
+                compared(1e-11, rounded)
+    monkeypatch.setattr(equality, "EXACT_WORK", 18.0 * masked.arch.total)
+    limited = equality.check_equal(masked, masks, tiny_config(), ids)
+    assert (limited.tokens, limited.exact_tokens) == (40, 18)
+    assert limited.exact < 1e-9
+    monkeypatch.setattr(equality, "EXACT_WORK", 1.0)  # a very large model
+    assert equality.check_equal(masked, masks, tiny_config(), ids).exact_tokens == equality.LEAST

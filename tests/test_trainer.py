@@ -77,8 +77,7 @@ def test_teachers_serve_in_order_and_sizes_are_exact(small_run: PruneConfig) -> 
         assert snapshot.sparsity == pytest.approx(record / 100, abs=0.01)
         assert snapshot.sparsity >= record / 100 - 1e-6
     assert size.equality.largest < 1e-4
-    assert size.exact is not None
-    assert size.exact.largest < 1e-9
+    assert size.equality.exact < 1e-9
 
 
 def test_policies_by_the_book() -> None:

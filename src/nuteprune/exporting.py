@@ -27,7 +27,8 @@ from nuteprune.errors import ConfigError, ExportError, reason
 from nuteprune.export import llama_program, llamacpp
 from nuteprune.export.adapter import adapter_options, is_adapter, write_adapter
 from nuteprune.export.beside import check_reading, run_beside
-from nuteprune.export.hf import Equality, check_equal, compact_shapes, stock_config, write_folder
+from nuteprune.export.equality import Equality, check_equal
+from nuteprune.export.hf import compact_shapes, stock_config, write_folder
 from nuteprune.export.options import K_TYPES, PLAIN, SHARD, ExportOptions, parse_size
 from nuteprune.export.provenance import may_replace, write_provenance
 from nuteprune.files import atomic_file, atomic_folder, save_text, unwritable_parent

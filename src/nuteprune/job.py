@@ -30,7 +30,8 @@ from nuteprune.discretise import Discretiser
 from nuteprune.environment import environment
 from nuteprune.errors import ConfigError, TrainingError
 from nuteprune.evaluation.perplexity import Perplexity, blocks_perplexity
-from nuteprune.export.hf import Equality, check_equal, compact_config, is_stock, stock_config, write_folder
+from nuteprune.export.equality import check_equal
+from nuteprune.export.hf import compact_config, is_stock, stock_config, write_folder
 from nuteprune.files import atomic_folder, save_json, save_tensors, save_text, unwritable_parent
 from nuteprune.masking import MaskedModel
 from nuteprune.models import DTYPES, Source, describe, pick_device, pick_dtype, run_dtype
@@ -50,7 +51,6 @@ BLOCKS = "data/blocks.safetensors"
 TUNING = "finetune.yaml"  # in the folder of a fine-tuning
 HELD_OUT = 32  # most blocks set apart for perplexity before and after
 HELD_OUT_NAME = "held-out blocks of the training text"
-EXACT_LIMIT = 5e8  # parameters up to which the comparison is made in float64 too
 COMPARED = 2048  # most tokens on which the compact model is compared with the masked one, in up to 4 blocks
 
 
@@ -402,13 +402,11 @@ class _Job:
             with reporter.counter("perplexity of the dense model") as progress, masked.role(None, None):
                 dense = blocks_perplexity(masked.logits, apart, HELD_OUT_NAME, progress)
         compared = compared_text(blocks).to(masked.device)
-        exact: Equality | None = None
-        if self.arch.total <= EXACT_LIMIT:  # float64 tells errors of folding from rounding
-            exact = check_equal(masked, masks, self.dense, compared, torch.float64)
-        equality = check_equal(masked, masks, self.dense, compared)
-        also = f" ({exact.largest:.2e} in float64)" if exact is not None else ""
+        with reporter.counter("comparing compact with masked"):
+            equality = check_equal(masked, masks, self.dense, compared)
         reporter.say(
-            f"compact equals masked: largest logit difference {equality.largest:.2e}{also} over {equality.tokens:,} tokens"
+            f"compact equals masked: largest logit difference {equality.exact:.2e} in float64 over {equality.exact_tokens:,} "
+            f"tokens, {equality.largest:.2e} in float32 over {equality.tokens:,}"
         )
         facts = RunFacts.read(run)  # a file of the run that cannot be read is found before the export
         compactor = Compactor(masked, masks, self.save_dtype)
@@ -441,7 +439,6 @@ class _Job:
                 model_class=type(compact).__name__,
                 own_code=not is_stock(compact.config),
                 equality=equality,
-                exact=exact,
                 dense=dense,
                 pruned=pruned,
                 tokens=trainer.state.tokens,

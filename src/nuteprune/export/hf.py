@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
@@ -30,29 +30,9 @@ from nuteprune.compact import Compactor
 from nuteprune.errors import ExportError
 from nuteprune.export import modeling_nuteprune
 from nuteprune.files import atomic_folder, save_json, stream_tensors
-from nuteprune.masking import MaskedModel
-from nuteprune.masks import Counts, Masks
-from nuteprune.precision import WithoutRounding
+from nuteprune.masks import Counts
 
 Progress = Callable[[int, int], None]
-
-TOLERANCE = 1e-3  # largest logit difference, float32
-_LOGITS = 2**23  # logits compared at once
-
-
-@dataclass(frozen=True)
-class Equality:
-    """How near the compact model is to the masked one.
-
-    Attributes:
-        largest: largest absolute difference of logits.
-        tokens: tokens compared, over the whole vocabulary.
-        scale: largest absolute logit of the masked model.
-    """
-
-    largest: float
-    tokens: int
-    scale: float
 
 
 # Left by a load from GGUF, a path of this machine, or written anew.
@@ -195,7 +175,7 @@ def build_compact(compactor: Compactor, dense: PretrainedConfig) -> PreTrainedMo
         ExportError: the model's code and the weights do not fit.
     """
     model = empty_compact(compact_config(dense, compactor.arch, compactor.counts))
-    _fill_buffers(model, compactor.masked.device)
+    fill_buffers(model, compactor.masked.device)
     missing, unexpected = model.load_state_dict(dict(compactor.tensors()), strict=False, assign=True)
     if unexpected or set(missing) - {f"{compactor.spec.head}.weight"}:
         raise ExportError(f"the compact model does not take its weights: missing {missing}, unexpected {unexpected}.")
@@ -203,86 +183,13 @@ def build_compact(compactor: Compactor, dense: PretrainedConfig) -> PreTrainedMo
     return model
 
 
-def _fill_buffers(model: PreTrainedModel, device: torch.device) -> None:
+def fill_buffers(model: PreTrainedModel, device: torch.device) -> None:
     """Makes the buffers that are computed, not stored (rotary frequencies, embedding scales), on a real device."""
     for module in model.modules():
         if any(b.is_meta for b in module.buffers(recurse=False)):
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, torch.empty_like(buffer, device=device))
             model._init_weights(module)  # its weights, if it has any, are on the meta device and stay there
-
-
-@torch.no_grad()
-def check_equal(
-    masked: MaskedModel,
-    masks: Masks,
-    dense: PretrainedConfig,
-    blocks: Tensor,
-    dtype: torch.dtype = torch.float32,
-    tolerance: float = TOLERANCE,
-    fill: Counts | None = None,
-) -> Equality:
-    """Compares logits of the compact and the masked model on real text; both exist layer by layer only.
-
-    Args:
-        masked: the model with its LoRA weights, in its own precision.
-        masks: discrete masks.
-        dense: the intact model's configuration.
-        blocks: token ids, int64 [blocks, tokens].
-        dtype: precision of both sides.
-        tolerance: largest difference allowed.
-        fill: as the compactor that writes the model takes it.
-
-    Raises:
-        ExportError: they differ by more.
-    """
-    compactor, ids = Compactor(masked, masks, dtype, fill), blocks.to(masked.device)
-    with ExitStack() as stack:
-        if dtype is torch.float64:
-            stack.enter_context(WithoutRounding())
-        stack.enter_context(masked.computing_in(dtype))
-        masked.set_masks(masks)
-        reference = masked.forward(ids).flatten(0, 1)
-        found = _compact_states(compactor, dense, ids).flatten(0, 1)
-    largest, scale = 0.0, 0.0
-    head = masked.head.weight
-    step = max(1, _LOGITS // reference.shape[0])
-    for rows in (slice(start, start + step) for start in range(0, head.shape[0], step)):
-        wanted = masked.arch.capped(reference @ head[rows].to(dtype).t())
-        difference = (masked.arch.capped(found @ compactor.head_rows(rows).t()) - wanted).abs().max()
-        largest = max(largest, float(difference)) if difference.isfinite() else float("inf")
-        scale = max(scale, float(wanted.abs().max()))
-    if largest > tolerance:
-        raise ExportError(
-            f"the compact model differs from the masked one by up to {largest:.2e} in its logits (allowed {tolerance:g}); "
-            "nothing was written. Please report this with the run's config.yaml."
-        )
-    return Equality(largest, blocks.numel(), scale)
-
-
-def _compact_states(compactor: Compactor, dense: PretrainedConfig, ids: Tensor) -> Tensor:
-    """Hidden states of the compact model as its head takes them; each layer's weights are there while it runs."""
-    model = empty_compact(compact_config(dense, compactor.arch, compactor.counts))
-    _fill_buffers(model, compactor.masked.device)
-    spec = compactor.spec
-
-    def fill(number: int, index: int) -> Callable[..., None]:
-        def hook(layer: nn.Module, args: Any) -> None:
-            prefix = f"{spec.layers}.{number}."
-            layer.load_state_dict({k.removeprefix(prefix): t for k, t in compactor.layer(index)}, assign=True)
-
-        return hook
-
-    def drop(layer: nn.Module, args: Any, output: Any) -> None:
-        layer.to_empty(device="meta")
-
-    for number, (index, layer) in enumerate(zip(compactor.kept_layers, layers(model, spec), strict=True)):
-        layer.register_forward_pre_hook(fill(number, index))
-        layer.register_forward_hook(drop)
-    model.load_state_dict(dict([compactor.norm(), *compactor.others()]), assign=True, strict=False)
-    decoder = getattr(model, model.base_model_prefix)
-    states: Tensor = decoder(inputs_embeds=compactor.embed(ids), use_cache=False).last_hidden_state
-    return states / compactor.arch.logits_scaling
 
 
 @contextmanager

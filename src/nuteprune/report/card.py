@@ -50,7 +50,6 @@ def model_card(facts: RunFacts) -> str:
     place = {layer: str(number) for number, layer in enumerate(counts.layers)}
     lost = " Layers with nothing left are not in the checkpoint." if len(place) < len(counts.groups) else ""
     rows = "\n".join(f"| {row[0]} | {place.get(row[0], '-')} | {' | '.join(map(str, row[1:]))} |" for row in facts.left())
-    exact = f"; {f.exact.largest:.2e} in float64" if f.exact is not None else ""
     return f"""---
 {yaml.safe_dump(head, sort_keys=False).strip()}
 ---
@@ -66,8 +65,9 @@ parameters of the decoder blocks; embeddings and head are not pruned in number o
 
 {notes}
 
-Largest logit difference between this checkpoint and the masked model it was trained as: {f.equality.largest:.2e}
-(float32{exact}, {f.equality.tokens:,} tokens of real text, whole vocabulary).
+Largest logit difference between this checkpoint and the masked model it was trained as, on real text and over the whole
+vocabulary: {f.equality.exact:.2e} in float64 ({f.equality.exact_tokens:,} tokens), {f.equality.largest:.2e} in float32
+({f.equality.tokens:,} tokens; what rounding makes of logits of up to {f.equality.scale:.0f}).
 
 ## Load
 

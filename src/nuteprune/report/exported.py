@@ -9,7 +9,8 @@ import torch
 from transformers import PretrainedConfig
 
 from nuteprune.arch import Arch
-from nuteprune.export.hf import Equality, compact_config, compact_shapes, is_stock
+from nuteprune.export.equality import Equality
+from nuteprune.export.hf import compact_config, compact_shapes, is_stock
 from nuteprune.masks import Counts, Masks
 from nuteprune.report.facts import Figures, RunFacts
 from nuteprune.size import BlockSize
@@ -66,7 +67,6 @@ def exported_facts(
         model_class=str((made.architectures or [""])[0]),
         own_code=not is_stock(made),
         equality=equality,
-        exact=run.exact if same and run is not None else None,
         dense=run.dense if same and run is not None else None,
         pruned=run.pruned if same and run is not None else None,
         tokens=int(steps[-1]["tokens"]) if steps else 0,

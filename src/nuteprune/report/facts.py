@@ -17,7 +17,7 @@ from nuteprune.errors import ConfigError, DataError
 from nuteprune.evaluation.compare import Comparison, compare, number
 from nuteprune.evaluation.perplexity import Perplexity
 from nuteprune.evaluation.record import DENSE, FOLDER, PRUNED, Evaluation
-from nuteprune.export.hf import Equality
+from nuteprune.export.equality import Equality
 from nuteprune.masks import KINDS, Masks
 from nuteprune.models import Source
 from nuteprune.progress import read_metrics
@@ -38,8 +38,7 @@ class Figures:
         dtype: precision of the exported weights.
         model_class: the class that loads the model, such as LlamaForCausalLM.
         own_code: whether the folder carries the model's code; False for a stock class.
-        equality: comparison of compact and masked model, float32.
-        exact: the same in float64, where rounding plays no part; None for large models.
+        equality: comparison of compact and masked model.
         dense, pruned: perplexity before and after, or None where the text was too short to hold any out.
         tokens: training tokens.
         seconds: time in training steps.
@@ -55,7 +54,6 @@ class Figures:
     model_class: str
     own_code: bool
     equality: Equality
-    exact: Equality | None
     dense: Perplexity | None
     pruned: Perplexity | None
     tokens: int
@@ -82,8 +80,9 @@ class Figures:
             "model_class": self.model_class,
             "own_code": self.own_code,
             "largest_logit_difference": self.equality.largest,
-            "largest_logit_difference_float64": self.exact.largest if self.exact else None,
+            "largest_logit_difference_float64": self.equality.exact,
             "compared_tokens": self.equality.tokens,
+            "compared_tokens_float64": self.equality.exact_tokens,
             "largest_logit": self.equality.scale,
             "perplexity_before": self.dense.to_dict() if self.dense else None,
             "perplexity_after": self.pruned.to_dict() if self.pruned else None,
@@ -96,8 +95,6 @@ class Figures:
     def from_dict(cls, found: dict[str, Any]) -> Figures:
         """The inverse of `to_dict`."""
         before, after = found["perplexity_before"], found["perplexity_after"]
-        exact = found["largest_logit_difference_float64"]
-        compared = found["compared_tokens"], found["largest_logit"]
         return cls(
             blocks_before=found["blocks"]["before"],
             blocks_after=found["blocks"]["after"],
@@ -107,8 +104,13 @@ class Figures:
             dtype=found["dtype"],
             model_class=found["model_class"],
             own_code=found["own_code"],
-            equality=Equality(found["largest_logit_difference"], *compared),
-            exact=None if exact is None else Equality(exact, *compared),
+            equality=Equality(
+                largest=found["largest_logit_difference"],
+                tokens=found["compared_tokens"],
+                scale=found["largest_logit"],
+                exact=found["largest_logit_difference_float64"],
+                exact_tokens=found["compared_tokens_float64"],
+            ),
             dense=None if before is None else Perplexity.from_dict(before),
             pruned=None if after is None else Perplexity.from_dict(after),
             tokens=found["training_tokens"],
