@@ -149,6 +149,7 @@ def small_run(model_folder: Path, text_file: Path, tmp_path: Path) -> PruneConfi
         round_hidden=1,
         lora_rank=2,
         teacher_lag=5,
+        walk_back=True,
         gate_init_batches=2,
         checkpoint_every=7,
         device="cpu",

@@ -47,7 +47,15 @@ def quiet() -> Reporter:
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"teachers": "intact"}, {"teachers": "none"}, {"recovery": 0.0}, {"warmup": 0.0}, {"snapshot_every": 0.03}],
+    [
+        {},
+        {"walk_back": False},
+        {"teachers": "intact"},
+        {"teachers": "none"},
+        {"recovery": 0.0},
+        {"warmup": 0.0},
+        {"snapshot_every": 0.03},
+    ],
     ids=str,
 )
 def test_timetable_is_what_the_run_does(small_run: PruneConfig, quiet: Reporter, changes: dict[str, Any]) -> None:

@@ -93,6 +93,14 @@ def test_policies_by_the_book() -> None:
     assert [at_once.record(s, 25, r) for s, r in ((30, None), (36, 36), (99, 36))] == [15, 0, 0]
 
 
+def test_without_a_walk_back_the_intact_model_teaches_from_the_target_on(small_run: PruneConfig) -> None:
+    result, metrics = _run(small_run.replace(walk_back=False))
+    assert [m["phase"] for m in metrics] == ["ramp"] * 12 + ["hold"] * 4 + ["recovery"] * 8
+    assert metrics[11]["teacher"].startswith("record-")
+    assert {m["teacher"] for m in metrics[12:]} == {"intact"}
+    assert len(list((result.run / "teachers").glob("*.safetensors"))) == 20  # any of them can be exported
+
+
 @pytest.mark.parametrize(
     ("gates", "stops"),  # stopped in the ramp; right before masks freeze; in ramp and recovery
     [("hard-concrete", (2,)), ("deterministic", (15,)), ("deterministic", (4, 19)), ("hard-concrete", (4, 19))],

@@ -134,6 +134,11 @@ class TeacherPolicy:
         """Whether snapshots are taken at all."""
         return self.kind == "numerous"
 
+    @property
+    def walks(self) -> bool:
+        """Whether teachers change once the target is reached."""
+        return self.keeps_records and self.walk_back
+
     def record(self, step: int, records: int, reached: int | None = None) -> int | None:
         """The teacher of a step (from 0).
 

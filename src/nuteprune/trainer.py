@@ -363,7 +363,7 @@ class Trainer:
             return "recovery"
         if self.state.reached is None or step < self.state.reached:
             return "ramp"
-        return "walk-back" if self.policy.keeps_records else "hold"
+        return "walk-back" if self.policy.walks else "hold"
 
     @property
     def last_record(self) -> int:

@@ -51,7 +51,7 @@ def timetable(config: PruneConfig) -> list[Point]:
         elif reached is None:
             phase = "ramp"
         else:
-            phase = "walk-back" if policy.keeps_records else "hold"
+            phase = "walk-back" if policy.walks else "hold"
         points.append(Point(phase, "none" if record is None else "intact" if record == INTACT else "record"))
         if not frozen:
             sparsity = schedule(step, config.ramp_steps, config.sparsity, config.ramp_shape)
