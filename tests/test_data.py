@@ -7,12 +7,13 @@ import itertools
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import make_tokenizer, text
 
-from nuteprune.chats import writer
+from nuteprune.chats import joined, writer
 from nuteprune.data import Blocks, build_blocks, check_sources, pydoc_pages, read_documents
 from nuteprune.errors import DataError
 
@@ -167,12 +168,13 @@ def test_arrays_byte_order_marks_and_wide_tables(tmp_path: Path) -> None:
 
 
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>\n{% endfor %}"
-CHATS = [
+CHATS: list[dict[str, Any]] = [
     {"instruction": "one red dog", "input": "", "output": "two green hills"},
     {"instruction": "one red dog", "input": "it rained", "output": "all day"},
     {"messages": [{"role": "user", "content": "one red dog"}, {"role": "assistant", "content": "two green hills"}]},
     {"conversations": [{"from": "human", "value": "it rained"}, {"from": "gpt", "value": "all day"}], "text": None},
     {"text": "it rained all day", "instruction": "not this", "output": "nor this"},
+    {"text": "", "messages": [{"role": "user", "content": "half \ud83d"}, {"role": "assistant", "content": "all day"}]},
 ]
 WRITTEN = [
     "<user>one red dog</s>\n<assistant>two green hills</s>",
@@ -180,6 +182,7 @@ WRITTEN = [
     "<user>one red dog</s>\n<assistant>two green hills</s>",
     "<user>it rained</s>\n<assistant>all day</s>",
     "it rained all day",
+    "<user>half ?</s>\n<assistant>all day</s>",
 ]
 
 
@@ -191,8 +194,9 @@ def test_chats_are_text_as_the_models_template_writes_them(name: str, template: 
         import pyarrow
         import pyarrow.parquet
 
-        keys = sorted({key for record in CHATS for key in record})
-        pyarrow.parquet.write_table(pyarrow.table({k: [r.get(k) for r in CHATS] for k in keys}), source)
+        chats = [*CHATS[:-1], {"messages": [{"role": "user", "content": "half ?"}, CHATS[-1]["messages"][1]]}]  # no broken text
+        keys = sorted({key for record in chats for key in record})
+        pyarrow.parquet.write_table(pyarrow.table({k: [r.get(k) for r in chats] for k in keys}), source)
     else:
         source.write_text("".join(json.dumps(record) + "\n" for record in CHATS), encoding="utf-8")
     if template:
@@ -221,5 +225,37 @@ def test_a_chat_that_the_template_refuses_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a.jsonl, line 2: the tokenizer's chat template refuses it \(roles must take turns\)"):
         list(read_documents(str(source), written=writer(tokenizer)))
     source.write_text('{"body": "fine"}\n{"instruction": "one", "input": ""}\n', encoding="utf-8")
-    with pytest.raises(DataError, match=r"a.jsonl, line 2: no text field 'body' \(there is instruction, input\)"):
-        list(read_documents(str(source), "body"))
+    with pytest.raises(
+        DataError, match=r"line 2: no text field 'body' \(there is instruction, input\).* an instruction has an outp"
+    ):
+        list(read_documents(str(source), "body", joined))
+
+
+def test_chats_are_text_only_where_they_are_asked_for(tmp_path: Path) -> None:
+    """Perplexity has no template to write them by, so it refuses them."""
+    source = tmp_path / "a.jsonl"
+    source.write_text(json.dumps(CHATS[0]) + "\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"line 1: no text field 'text' \(there is instruction, input, output\)"):
+        list(read_documents(str(source)))
+    assert list(read_documents(str(source), "output")) == ["two green hills"]
+    source.write_text('{"messages": [{"role": "tool", "content": "one"}]}\n', encoding="utf-8")
+    with pytest.raises(DataError, match=r"A chat has content as text and roles among human, gpt, user, assistant, system"):
+        check_sources((str(source),), "text")
+
+
+def test_a_system_prompt_that_the_template_does_not_know_goes_with_the_question(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + TEMPLATE
+    chat = [{"role": "system", "content": "be kind"}, *CHATS[2]["messages"]]
+    assert writer(tokenizer)("here", chat) == "<user>be kind\n\none red dog</s>\n<assistant>two green hills</s>"
+    with pytest.raises(DataError, match="here: the tokenizer's chat template refuses it"):
+        writer(tokenizer)("here", chat[:1])
+
+
+def test_a_table_of_other_columns_is_refused_with_its_own(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table({"content": ["a"], "input": ["b"], "output": ["c"]}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"no column text \(there is content, input, output\); name it with --text-key"):
+        check_sources((str(tmp_path / "a.parquet"),), "text")

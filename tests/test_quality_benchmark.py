@@ -120,6 +120,49 @@ def test_rows_that_choose_are_not_those_that_are_reported(modules: dict[str, Mod
     assert given[given.index("--task-data") + 1] == str(found)
 
 
+def test_pictures_and_tables_compare_like_with_like(modules: dict[str, ModuleType], tmp_path: Path, capsys: Any) -> None:
+    """A line a method over sparsity; the dense model of another group only where it was measured alike."""
+
+    def result(name: str, perplexity: float, text: str = "a", dtype: str = "bfloat16", **options: Any) -> None:
+        entry = {"perplexity": perplexity, "protocol": f"{text}, 2 windows", "windows": 2}
+        figures = {"blocks": {"removed": options["sparsity"]}, "training_seconds": 1.0} if options else {}
+        found = {
+            "experiment": name, "options": options, "figures": figures, "perplexity": {text: entry}, "tasks": {},
+            "evaluate": {"dtype": dtype},
+        }  # fmt: skip
+        path = tmp_path / "results" / name / "result.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(found))
+
+    result("g/dense", 10.0)
+    for method, sparsity, perplexity in (
+        ("lag-5", 0.25, 12.0), ("lag-20", 0.25, 13.0), ("lag-5-50", 0.5, 18.0), ("one-25", 0.25, 15.0), ("one-50", 0.5, 30.0),
+    ):  # fmt: skip
+        result(f"g/{method}-s0", perplexity, sparsity=sparsity, tokens=100)
+    result("other/run-s0", 20.0, dtype="float32", sparsity=0.25, tokens=100)
+    result("third/run-s0", 20.0, text="b", sparsity=0.25, tokens=100)
+    table = modules["table"]
+    groups = table.read()
+    assert table.dense_of(groups, groups["g"]).name == "dense"
+    assert table.dense_of(groups, groups["other"]) is None  # in another precision
+    assert table.dense_of(groups, groups["third"]) is None  # on another text
+    assert "(x 1.500)" in table.table(groups["g"], table.dense_of(groups, groups["g"]))
+    drawn: list[tuple[str, tuple[float, ...]]] = []
+    from matplotlib.axes import Axes
+
+    plot = Axes.plot
+
+    def noted(self: Any, x: Any, y: Any, **how: Any) -> Any:
+        drawn.append((how["label"], tuple(y)))
+        return plot(self, x, y, **how)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Axes, "plot", noted)
+        (picture,) = table.draw(groups, ["g"], tmp_path)
+    assert picture.stat().st_size > 5000
+    assert drawn == [("lag-5, 100 tokens", (1.2, 1.8)), ("one, 100 tokens", (1.5, 3.0))]
+
+
 def test_a_list_with_mistakes_is_refused(modules: dict[str, ModuleType], tmp_path: Path, model_folder: Path) -> None:
     with pytest.raises(SystemExit, match="g/wanda has the unknown keys stepps"):
         modules["experiments"].read(listed(tmp_path, model_folder, stepps=3))

@@ -33,6 +33,7 @@ KEPT = (
     "model",
     "model_class",
     "largest_logit_difference",
+    "largest_logit_difference_float64",
     "training_tokens",
     "training_seconds",
     "head_bias",

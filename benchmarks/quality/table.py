@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import statistics
 from collections import defaultdict
 from dataclasses import dataclass
@@ -77,13 +76,23 @@ def read() -> dict[str, list[Row]]:
 
 
 def dense_of(groups: dict[str, list[Row]], rows: list[Row]) -> Row | None:
-    """The dense model, measured on the first text of a group as the group was, here or in another group."""
-    text, entry = next(iter(rows[0].results[0]["perplexity"].items()))
+    """The dense model, measured as a group was, here or in another group."""
+    first = rows[0].results[0]
     for found in [rows, *groups.values()]:
         for row in found:
-            if row.name == "dense" and row.results[0]["perplexity"].get(text, {}).get("protocol") == entry["protocol"]:
+            if row.name == "dense" and _measured_alike(row.results[0], first):
                 return row
     return None
+
+
+def _measured_alike(dense: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether a result of the dense model has all that another has, measured in the same way."""
+    how = ("dtype", *(("skip", "limit") if other["tasks"] else ()))
+    if "evaluate" in dense and "evaluate" in other and any(dense["evaluate"].get(k) != other["evaluate"].get(k) for k in how):
+        return False
+    texts = {name: entry["protocol"] for name, entry in other["perplexity"].items()}
+    same = all(dense["perplexity"].get(name, {}).get("protocol") == protocol for name, protocol in texts.items())
+    return same and {*other["tasks"]} <= {*dense["tasks"]}
 
 
 def table(rows: list[Row], dense: Row | None) -> str:
@@ -153,7 +162,7 @@ def draw(groups: dict[str, list[Row]], chosen: list[str], folder: Path) -> list[
                     continue
                 assert dense is not None
                 removed, tokens = 100 * options["sparsity"], options["tokens"]
-                method = re.sub(r"-\d+$", "", row.name)
+                method = row.name.removesuffix(f"-{removed:g}")
                 line = f"{method}, {tokens:,} tokens" if axis == "sparsity" else f"{method}, {removed:g} %"
                 place = removed if axis == "sparsity" else tokens
                 for text in row.results[0]["perplexity"]:

@@ -29,16 +29,22 @@ def as_chat(record: Any) -> list[Message] | None:
         extra = record.get("input") or ""
         if not isinstance(extra, str):
             return None
-        asked = record["instruction"] + (f"\n\n{extra}" if extra.strip() else "")
-        chat = [{"role": "user", "content": asked}, {"role": "assistant", "content": record["output"]}]
-        return [chat[0] | {"instruction": record["instruction"], "input": extra}, chat[1]]
+        instruction, extra = valid(record["instruction"]), valid(extra)
+        asked = instruction + (f"\n\n{extra}" if extra.strip() else "")
+        question = {"role": "user", "content": asked, "instruction": instruction, "input": extra}
+        return [question, {"role": "assistant", "content": valid(record["output"])}]
     for key, role, content in (("messages", "role", "content"), ("conversations", "from", "value")):
         turns = record.get(key)
         if not isinstance(turns, list) or not turns:
             continue
         if all(isinstance(t, dict) and str(t.get(role)) in ROLES and isinstance(t.get(content), str) for t in turns):
-            return [{"role": ROLES[t[role]], "content": t[content]} for t in turns]
+            return [{"role": ROLES[t[role]], "content": valid(t[content])} for t in turns]
     return None
+
+
+def valid(text: str) -> str:
+    """A text that can be encoded: half of a surrogate pair, as JSON may hold, becomes "?"."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def has_template(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -75,6 +81,14 @@ def joined(where: str, messages: list[Message]) -> str:
 
 def writer(tokenizer: PreTrainedTokenizerBase) -> Writer:
     """How chats are written as text for a model: by its chat template if it has one, else `joined`."""
-    if not has_template(tokenizer):
-        return joined
-    return lambda where, messages: rendered(tokenizer, where, messages, instead="; leave the record out").strip()
+
+    def written(where: str, messages: list[Message]) -> str:
+        try:
+            return rendered(tokenizer, where, messages, instead="; leave the record out").strip()
+        except DataError:
+            if [m["role"] for m in messages[:2]] != ["system", "user"]:
+                raise
+            first = {"role": "user", "content": joined(where, messages[:2])}  # some templates know no system prompt
+            return written(where, [first, *messages[2:]])
+
+    return written if has_template(tokenizer) else joined

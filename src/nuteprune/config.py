@@ -58,8 +58,8 @@ class PruneConfig:
         ("self",),
         "Training text, repeatable (equal token shares): a text, .jsonl, .jsonl.gz or .parquet file, a hub data set "
         "(owner/name or owner/name:config), "
-        "'pydoc' (the standard library's help pages), or 'self' (sampled from the intact model, kept in the run). Instructions "
-        "and chats in records are written by the model's chat template.",
+        "'pydoc' (the standard library's help pages), or 'self' (sampled from the intact model, kept in the run). Records "
+        "without a text that are instructions or chats are written by the model's chat template, if it has one.",
         "needs no download",
         "Model and data",
     )

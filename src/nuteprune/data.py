@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from nuteprune.chats import COLUMNS, Writer, as_chat, joined, writer
+from nuteprune.chats import COLUMNS, ROLES, Writer, as_chat, joined, valid, writer
 from nuteprune.errors import DataError, reason
 from nuteprune.files import save_tensors
 
@@ -41,7 +41,7 @@ def check_sources(sources: tuple[str, ...], text_key: str) -> None:
     for source in sources:
         if source in (SELF, PYDOC) or not check_there(source, "a file, a hub id (owner/name), pydoc or self"):
             continue
-        if sum(bool(text.strip()) for text in read_documents(source, text_key)) == 0:  # reads to the end
+        if sum(bool(text.strip()) for text in read_documents(source, text_key, joined)) == 0:  # reads to the end
             raise DataError(f"--data {source} holds no text.")
 
 
@@ -59,13 +59,13 @@ def check_there(source: str, allowed: str) -> bool:
     return False
 
 
-def read_documents(source: str, text_key: str = "text", written: Writer = joined) -> Iterator[str]:
+def read_documents(source: str, text_key: str = "text", written: Writer | None = None) -> Iterator[str]:
     """Documents of a source other than `self`, in order.
 
     Args:
         source: a path, a hub id, or `pydoc`.
         text_key: field of the text in records.
-        written: how instructions and chats, in records without that field, are text.
+        written: how instructions and chats, in records without such a text, are text; they are refused without it.
 
     Yields:
         One text a document: a line of jsonl, a row of a table, or a whole text file.
@@ -79,8 +79,9 @@ def read_documents(source: str, text_key: str = "text", written: Writer = joined
         yield "".join(line for _, line in _lines(Path(source)))
     else:
         for where, record in read_records(source, (text_key, *COLUMNS)):
-            chat = None if isinstance(record, dict) and record.get(text_key) is not None else as_chat(record)
-            yield _field(record, text_key, where) if chat is None else _text(written(where, chat))
+            own = isinstance(record, dict) and record.get(text_key) not in (None, "")
+            chat = None if own or written is None else as_chat(record)
+            yield _field(record, text_key, where) if chat is None or written is None else written(where, chat)
 
 
 def _is_text(path: Path) -> bool:
@@ -184,13 +185,14 @@ def _json_array(path: Path) -> Iterator[tuple[str, Any]]:
 def _field(record: Any, key: str, where: str) -> str:
     value = record.get(key) if isinstance(record, dict) else None
     if not isinstance(value, str):
-        fields = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-        raise DataError(f"{where}: no text field {key!r} (there is {fields}); name it with --text-key.")
-    return _text(value)
-
-
-def _text(value: str) -> str:
-    return value.encode("utf-8", "replace").decode("utf-8")  # half of a surrogate pair, as JSON may hold, becomes "?"
+        fields = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
+        chats = (
+            ""
+            if key in COLUMNS or not isinstance(record, dict) or not {*COLUMNS} & {*record}
+            else (f" A chat has content as text and roles among {', '.join(ROLES)}; an instruction has an output.")
+        )
+        raise DataError(f"{where}: no text field {key!r} (there is {fields}); name it with --text-key.{chats}")
+    return valid(value)
 
 
 def _read_table(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
@@ -200,11 +202,13 @@ def _read_table(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, Any
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
-            wanted = [name for name in names if name in columns] or names
-            if columns and wanted is names:
+            wanted = [name for name in names if name in columns]
+            chats = {"instruction", "output"} <= {*names} or {"messages", "conversations"} & {*names}
+            if columns and columns[0] not in names and not chats:
                 of_text = columns[0] not in COLUMNS
                 wanted_are, hint = (columns[0], "; name it with --text-key.") if of_text else (" or ".join(columns), ".")
                 raise DataError(f"{path}: no column {wanted_are} (there is {', '.join(names)}){hint}")
+            wanted = wanted or names
             row = 0
             for batch in file.iter_batches(columns=wanted):
                 for record in batch.to_pylist():

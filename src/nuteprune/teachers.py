@@ -136,7 +136,7 @@ class TeacherPolicy:
 
     @property
     def walks(self) -> bool:
-        """Whether teachers change once the target is reached."""
+        """Whether teachers walk back over the records once the target is reached."""
         return self.keeps_records and self.walk_back
 
     def record(self, step: int, records: int, reached: int | None = None) -> int | None:

@@ -454,7 +454,7 @@ class Trainer:
         self.masked.set_masks(self.masks)
 
     def mark_reached(self, step: int) -> None:
-        """From this step on teachers walk back."""
+        """From this step on teachers walk back, or the intact model teaches."""
         self.state.reached, self.state.walk_from = step, len(self.bank)
 
     # -- state --------------------------------------------------------------------------------------------------------

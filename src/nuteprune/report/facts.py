@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,14 +109,14 @@ class Figures:
                 largest=found["largest_logit_difference"],
                 tokens=found["compared_tokens"],
                 scale=found["largest_logit"],
-                exact=found["largest_logit_difference_float64"],
-                exact_tokens=found["compared_tokens_float64"],
+                exact=found["largest_logit_difference_float64"] or math.nan,  # of old, none for large models
+                exact_tokens=found.get("compared_tokens_float64", found["compared_tokens"]),
             ),
             dense=None if before is None else Perplexity.from_dict(before),
             pruned=None if after is None else Perplexity.from_dict(after),
             tokens=found["training_tokens"],
             seconds=found["training_seconds"],
-            head_bias=found["head_bias"],
+            head_bias=found.get("head_bias"),
         )
 
 
