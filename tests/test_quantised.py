@@ -20,15 +20,15 @@ IDS = torch.arange(5, 45).reshape(2, 20)
 
 @pytest.fixture(scope="module", params=["hf", "hf-uniform"])
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of each kind; rows of 32 channels and more."""
+    """A folder of each kind; rows of 64 channels and more, as bitsandbytes' NF4 takes on every CPU."""
     folder = tmp_path_factory.mktemp("quantised") / "m"
-    config = tiny_config("llama", num_hidden_layers=5, hidden_size=64, intermediate_size=96, head_dim=32)
+    config = tiny_config("llama", num_hidden_layers=5, hidden_size=64, intermediate_size=192, head_dim=32)
     masked = masked_model(config)
     masks = contract_masks(masked.arch, 3)
     masks.hidden.clamp_(min=0.3)
-    masks.intermediate[:, 32:64] = 0.0
-    masks.intermediate[0, :32], masks.intermediate[2:, :32], masks.intermediate[2:, 64:] = 0.5, 0.5, 0.6
-    masks.intermediate[0, 64:] = 0.0
+    masks.intermediate[:, 64:128] = 0.0
+    masks.intermediate[0, :64], masks.intermediate[2:, :64], masks.intermediate[2:, 128:] = 0.5, 0.5, 0.6
+    masks.intermediate[0, 128:] = 0.0
     save(folder, Compactor(masked, masks, fill=masks.counts().widest if request.param == "hf-uniform" else None), config)
     return folder
 
