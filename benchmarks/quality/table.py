@@ -99,7 +99,7 @@ def table(rows: list[Row], dense: Row | None) -> str:
     """A group as Markdown, against the dense model."""
     texts = list(rows[0].results[0]["perplexity"])
     windows = {text: rows[0].results[0]["perplexity"][text]["windows"] for text in texts}
-    tasks = telling(dense)
+    tasks = [task for task in telling(dense) if any(row.task(task) is not None for row in rows)]
     named = [f"{text}, {windows[text]} windows" for text in texts]
     head = ["experiment", "blocks removed", "minutes of steps", *named, *(["mean of tasks", "kept"] if tasks else [])]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
