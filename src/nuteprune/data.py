@@ -186,12 +186,10 @@ def _field(record: Any, key: str, where: str) -> str:
     value = record.get(key) if isinstance(record, dict) else None
     if not isinstance(value, str):
         fields = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
-        chats = (
-            ""
-            if key in COLUMNS or not isinstance(record, dict) or not {*COLUMNS} & {*record}
-            else (f" A chat has content as text and roles among {', '.join(ROLES)}; an instruction has an output.")
-        )
-        raise DataError(f"{where}: no text field {key!r} (there is {fields}); name it with --text-key.{chats}")
+        hint = ""
+        if isinstance(record, dict) and key not in COLUMNS and {*COLUMNS} & {*record}:
+            hint = f" A chat has content as text and roles among {', '.join(ROLES)}; an instruction has an output."
+        raise DataError(f"{where}: no text field {key!r} (there is {fields}); name it with --text-key.{hint}")
     return valid(value)
 
 
