@@ -24,6 +24,7 @@ from nuteprune.job import PruneResult, prune, resume
 from nuteprune.masks import Masks
 from nuteprune.option_values import read_yaml
 from nuteprune.progress import Reporter, read_metrics
+from nuteprune.report.facts import Figures
 from nuteprune.teachers import TeacherPolicy, read_snapshot
 
 
@@ -78,6 +79,8 @@ def test_teachers_serve_in_order_and_sizes_are_exact(small_run: PruneConfig) -> 
         assert snapshot.sparsity >= record / 100 - 1e-6
     assert size.equality.largest < 1e-4
     assert size.equality.exact < 1e-9
+    same = dataclasses.replace(size, equality=dataclasses.replace(size.equality, exact=0.0))
+    assert Figures.from_dict(same.to_dict()) == same  # no difference at all is a difference of 0
 
 
 def test_policies_by_the_book() -> None:

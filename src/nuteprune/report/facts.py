@@ -96,6 +96,7 @@ class Figures:
     def from_dict(cls, found: dict[str, Any]) -> Figures:
         """The inverse of `to_dict`."""
         before, after = found["perplexity_before"], found["perplexity_after"]
+        exact = found["largest_logit_difference_float64"]
         return cls(
             blocks_before=found["blocks"]["before"],
             blocks_after=found["blocks"]["after"],
@@ -109,7 +110,7 @@ class Figures:
                 largest=found["largest_logit_difference"],
                 tokens=found["compared_tokens"],
                 scale=found["largest_logit"],
-                exact=found["largest_logit_difference_float64"] or math.nan,  # of old, none for large models
+                exact=math.nan if exact is None else exact,  # earlier versions had none for large models
                 exact_tokens=found.get("compared_tokens_float64", found["compared_tokens"]),
             ),
             dense=None if before is None else Perplexity.from_dict(before),
