@@ -6,7 +6,7 @@ ShareGPT's `conversations` of from and value). Pruning reads them as text like a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from jinja2.exceptions import TemplateError
@@ -40,6 +40,12 @@ def as_chat(record: Any) -> list[Message] | None:
         if all(isinstance(t, dict) and str(t.get(role)) in ROLES and isinstance(t.get(content), str) for t in turns):
             return [{"role": ROLES[t[role]], "content": valid(t[content])} for t in turns]
     return None
+
+
+def can_hold_chats(columns: Iterable[str]) -> bool:
+    """Whether a table of these columns has all that `as_chat` reads of an instruction or a chat."""
+    there = {*columns}
+    return {"instruction", "output"} <= there or bool({"messages", "conversations"} & there)
 
 
 def valid(text: str) -> str:

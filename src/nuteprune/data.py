@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from nuteprune.chats import COLUMNS, ROLES, Writer, as_chat, joined, valid, writer
+from nuteprune.chats import COLUMNS, ROLES, Writer, as_chat, can_hold_chats, joined, valid, writer
 from nuteprune.errors import DataError, reason
 from nuteprune.files import save_tensors
 
@@ -201,8 +201,7 @@ def _read_table(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, Any
         with pyarrow.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
             wanted = [name for name in names if name in columns]
-            chats = {"instruction", "output"} <= {*names} or {"messages", "conversations"} & {*names}
-            if columns and columns[0] not in names and not chats:
+            if columns and columns[0] not in names and not can_hold_chats(names):
                 of_text = columns[0] not in COLUMNS
                 wanted_are, hint = (columns[0], "; name it with --text-key.") if of_text else (" or ".join(columns), ".")
                 raise DataError(f"{path}: no column {wanted_are} (there is {', '.join(names)}){hint}")
@@ -266,6 +265,11 @@ class Blocks:
         with safe_open(self.path, framework="pt") as file:
             mapped = file.get_slice(part)
             return torch.cat([mapped[:0], *(mapped[i : i + 1] for i in indices)]).long()
+
+    def sample(self, most: int) -> Tensor:
+        """At most so many training blocks, int64 [blocks, seq_len], evenly spaced: every source has its share of them."""
+        taken = min(most, self.count)
+        return self.read([i * self.count // taken for i in range(taken)])
 
     def batch(self, step: int, batch_size: int, seed: int) -> Tensor:
         """The batch of a step, int64 [batch_size, seq_len]; a function of its arguments alone.

@@ -142,7 +142,7 @@ class Trainer:
 
     def start_gates(self) -> None:
         """Gives the gates their start by importance."""
-        config, text = self.config, self.blocks.read(list(range(min(self.config.calibration, self.blocks.count))))
+        config, text = self.config, self.blocks.sample(self.config.calibration)
         kept: Unit | None = None
         for number in range(1, config.passes + 1):  # each on what the one before it left
             sparsity = config.sparsity * number / config.passes
@@ -161,7 +161,7 @@ class Trainer:
         """How much heads and whole blocks are favoured in a cut to a sparsity: as asked, or measured."""
         if self.config.head_bias is not None:
             return self.config.head_bias
-        text = self.blocks.read(list(range(min(self.config.balance_sequences, self.blocks.count))))
+        text = self.blocks.sample(self.config.balance_sequences)
         with self.counter(BALANCE) as progress:
             return measured_bias(self.masked, scores, lambda tried: self.hard_masks(tried, sparsity), text, progress)
 
@@ -416,7 +416,7 @@ class Trainer:
 
     def repair(self, masks: Masks) -> None:
         """Repairs weights under the masks, in the model and in a file."""
-        text = self.blocks.read(list(range(min(self.config.repair_sequences, self.blocks.count))))
+        text = self.blocks.sample(self.config.repair_sequences)
         with self.counter(REPAIR) as progress:
             weights = repair(self.masked, masks.to(self.masked.device), text, self.config.repair_damping, progress)
         save_tensors(self.folder / REPAIRED, weights)
