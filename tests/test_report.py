@@ -36,7 +36,8 @@ def finished(model_folder: Path, text_file: Path, tmp_path_factory: pytest.TempP
     out = tmp_path_factory.mktemp("runs") / "run"
     config = PruneConfig.create(
         model=str(model_folder), data=(str(text_file),), out=str(out), sparsity=0.2, prune=KINDS, steps=16, batch_size=2,
-        seq_len=16, round_intermediate=1, round_hidden=1, lora_rank=2, teacher_lag=5, gate_init_batches=1, device="cpu",
+        seq_len=16, round_intermediate=1, round_hidden=1, lora_rank=2, teacher_lag=5, walk_back=True,
+        gate_init_batches=1, device="cpu",
     )  # fmt: skip
     prune(config, QUIET)
     rows = [{"goal": f"the cat {i}", "sol1": "sat", "sol2": "ran", "label": i % 2} for i in range(6)]

@@ -16,9 +16,10 @@ from conftest import KINDS, text
 from rich.console import Console
 from safetensors.torch import load_file
 
-from nuteprune import job
+from nuteprune import job, trainer
 from nuteprune.checkpoint import checkpoints
 from nuteprune.config import PruneConfig
+from nuteprune.data import Blocks
 from nuteprune.errors import ConfigError, TrainingError
 from nuteprune.job import PruneResult, prune, resume
 from nuteprune.masks import Masks
@@ -289,7 +290,7 @@ FELT: dict[str, Any] = {
     "teachers": "intact",
     "teacher_lag": 2,
     "snapshot_every": 0.02,
-    "walk_back": False,
+    "walk_back": True,
     "ramp_shape": "cubic",
     "lora_plus": 8.0,
     "kl_weight": 0.2,
@@ -330,6 +331,35 @@ def _fingerprint(config: PruneConfig) -> tuple[Any, ...]:
     lines = [(m["loss"], m["expected_sparsity"], m["teacher"], m["lr"], m["phase"]) for m in metrics]
     left = {kind: (tensor > 0).flatten(1).sum(1).tolist() for kind, tensor in masks[0].tensors().items() if tensor.dim() > 1}
     return lines, left, int((masks[0].hidden > 0).sum())
+
+
+def test_what_is_measured_before_training_reads_every_source(
+    small_run: PruneConfig, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text(text_file.read_text(encoding="utf-8").replace("e", "o"), encoding="utf-8")
+    read: dict[str, torch.Tensor] = {}
+
+    def spy(name: str, place: int) -> None:
+        real = getattr(trainer, name)
+
+        def seen(*args: Any) -> Any:
+            read[name] = args[place]
+            return real(*args)
+
+        monkeypatch.setattr(trainer, name, seen)
+
+    spy("unit_scores", 3)
+    spy("measured_bias", 3)
+    spy("repair", 2)
+    _run(small_run.replace(data=(str(text_file), str(other)), prune=("heads", "intermediate"), repair=True))
+    blocks = Blocks.open(Path(small_run.out) / job.BLOCKS)
+    rows = blocks.read(list(range(blocks.count)))
+    halves = [{tuple(r) for r in half.tolist()} for half in rows.chunk(2)]
+    assert set(read) == {"unit_scores", "measured_bias", "repair"}
+    for name, sequences in read.items():
+        shares = [sum(tuple(r) in half for r in sequences.tolist()) for half in halves]
+        assert shares == [len(sequences) / 2] * 2, name
 
 
 @pytest.mark.parametrize("option", sorted(FELT))
@@ -417,7 +447,6 @@ def test_low_sparsity_says_that_no_record_will_teach(small_run: PruneConfig) -> 
 def test_stop_outside_the_steps_leaves_a_run_to_go_on_with(
     small_run: PruneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from nuteprune import job
     from nuteprune.trainer import Trainer
 
     straight, _ = _run(small_run.replace(out=str(tmp_path / "straight")))

@@ -239,7 +239,8 @@ class PruneConfig:
     # Teachers and losses
     teachers: str = option(
         "numerous",
-        "numerous: snapshots of the run itself, then the walk back to the intact model; intact: the intact model only; "
+        "numerous: snapshots of the run itself while sparsity grows, then the intact model (--walk-back: by way of ever denser "
+        "snapshots); intact: the intact model only; "
         "none: no distillation, language-model loss.",
         "the paper",
         "Teachers and losses",
@@ -247,10 +248,10 @@ class PruneConfig:
     )
     teacher_lag: int = option(10, "Records between the student and its teacher.", "the paper", "Teachers and losses")
     walk_back: bool = option(
-        True,
+        False,
         "Teachers walk back over the records, to ever denser ones, once the target is reached; else the intact model takes "
         "over at once.",
-        "the paper",
+        f"{CHOSEN}; the paper walks back",
         "Teachers and losses",
     )
     snapshot_every: float = option(
