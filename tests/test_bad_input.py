@@ -259,7 +259,7 @@ RUNS: list[Row] = [
     ("options unknown", lambda p: ("resume", str(p.options(p.stopped, sparsty=1))), r"config.yaml.*'sparsty'|'sparsty'"),
     ("options of the wrong type", lambda p: ("resume", str(p.options(p.stopped, steps="many"))), r"--steps got 'many'"),
     ("an option changed", lambda p: ("resume", str(p.options(p.stopped, lr=0.5))),
-     r"--lr in .*config.yaml is 0.5 now, but the run began with 0.003"),
+     r"--lr in .*config.yaml is 0.5 now, but the run began with 0.0015"),
     ("options no YAML", lambda p: ("resume", str(p.copy(p.stopped, config_DOT_yaml="a: ["))), r"is not valid YAML"),
     ("options are noise", lambda p: ("resume", str(p.copy(p.stopped, config_DOT_yaml=NOISE))), r"config.yaml"),
     ("text cut",

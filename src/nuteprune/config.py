@@ -148,8 +148,9 @@ class PruneConfig:
         "LoRA",
     )
     lr: float = option(
-        3e-3,
-        "Peak learning rate of LoRA (AdamW). Found on a model of 135 million parameters; for billions begin with 0.001.",
+        1.5e-3,
+        "Peak learning rate of LoRA (AdamW). Found on a model of 135 million parameters; for billions begin with 0.001. If the "
+        "gradient norm jumps, it is too high.",
         f"{CHOSEN}; the paper uses 0.001",
         "LoRA",
     )

@@ -3,7 +3,9 @@
 Layer by layer, in the order of the forward pass, the attention's and then the MLP's output projection of the student gets
 the weights that bring it nearest to the intact model on some text: ridge regression towards the weights that it has. It
 reads what the student's own, already repaired, layers give, so errors are not passed on; where a block adds its projection
-to the residual stream as it is, the target is the intact model's stream, so that errors made before are mended too.
+to the residual stream as it is, the target is the intact model's stream, so that errors made before are mended too. Every
+token counts by its error relative to its target, as the next norm will see it: the first token of a text has a stream a
+hundred times longer than others' in most models (massive activations, arXiv 2402.17762), and would decide alone.
 
 Least squares for pruned weights goes back to Optimal Brain Surgeon (Hassibi and Stork 1993); by layer for transformers, from
 the intact model's inputs: arXiv 2203.14187 and others. Only output projections are solved for, as in SlimGPT
@@ -36,8 +38,9 @@ def repair(
 ) -> dict[str, Tensor]:
     """Solves for the student's output projections and installs them (`MaskedModel.repair`).
 
-    Minimises mean |target - y|^2 + damping * mean(x^2) * |dW|^2 over the kept columns of each projection: means over tokens
-    (and in mean(x^2) over columns too), x the student's masked inputs, y = y_now + dW x the projection's masked output.
+    Minimises mean w |target - y|^2 + damping * mean(w x^2) * |dW|^2 over the kept columns of each projection: means over
+    tokens (and in mean(w x^2) over columns too), x the student's masked inputs, y = y_now + dW x the projection's masked
+    output, w = 1 / mean(target^2) over channels, a token's weight.
 
     Args:
         masked: the model at its whole widths, LoRA weights in place; the student's masks are installed afterwards.
@@ -250,10 +253,12 @@ def _solved(student: _Side, layer: int, block: str, seen: list[_Seen], targets: 
     for own, target in zip(seen, targets, strict=True):
         x = (own.read.to(precise) * inputs.to(precise))[:, kept]
         wanted = target.to(precise)
+        weight_of = wanted.square().mean(-1, keepdim=True).clamp_min(1e-12).rsqrt()  # of each token; squared in the sums
         if student.adds:
             wanted = (wanted - own.stream.to(precise)) / student.gain
+        x = x * weight_of
         square += (x.t() @ x).double()
-        cross += (x.t() @ (wanted - own.wrote.to(precise))).double()
+        cross += (x.t() @ ((wanted - own.wrote.to(precise)) * weight_of)).double()
     change = torch.cholesky_solve(cross, _factor(square, damping)).t()  # [out, kept], of the masked output
     solved = weight.to(torch.float64, copy=True)
     solved[:, kept] += torch.where(written, 1.0 / scale.where(written, 1.0), 0.0).unsqueeze(1) * change
