@@ -25,7 +25,7 @@ UNITS = ("heads", "intermediate", "hidden", "attention", "mlp", "layers")
 
 PAPER = "NutePrune's published script"
 RECIPE = "the recipe measured in docs/results.md; not ablated"
-CHOSEN = "docs/results.md, choosing the recipe"
+CHOSEN = "docs/results.md, what each part gives"
 
 
 @dataclass(frozen=True, kw_only=True)
