@@ -85,14 +85,14 @@ def test_teachers_serve_in_order_and_sizes_are_exact(small_run: PruneConfig) -> 
 
 
 def test_policies_by_the_book() -> None:
-    policy = TeacherPolicy("numerous", 10, 100)
+    policy = TeacherPolicy("numerous", 10, 100, walk_back=True)
     assert [policy.record(0, n, None) for n in (0, 9, 10, 11, 25)] == [0, 0, 0, 1, 15]
     walk = [policy.record(step, 25, 36) for step in range(36, 100)]
     assert walk[0] == 15
     assert walk[-1] == 0
     assert {walk.count(r) for r in range(16)} == {4}  # 64 steps, evenly over 16 teachers
-    assert [TeacherPolicy("intact", 10, 100).record(s, 25, 36) for s in (0, 50, 99)] == [0, 0, 0]
-    assert TeacherPolicy("none", 10, 100).record(5, 25, None) is None
+    assert [TeacherPolicy("intact", 10, 100, walk_back=True).record(s, 25, 36) for s in (0, 50, 99)] == [0, 0, 0]
+    assert TeacherPolicy("none", 10, 100, walk_back=True).record(5, 25, None) is None
     at_once = TeacherPolicy("numerous", 10, 100, walk_back=False)
     assert [at_once.record(s, 25, r) for s, r in ((30, None), (36, 36), (99, 36))] == [15, 0, 0]
 
@@ -360,6 +360,10 @@ def test_what_is_measured_before_training_reads_every_source(
     for name, sequences in read.items():
         shares = [sum(tuple(r) in half for r in sequences.tolist()) for half in halves]
         assert shares == [len(sequences) / 2] * 2, name
+    apart = blocks.read(list(range(blocks.held_out)), "held_out")
+    halves = [{tuple(r) for r in half.tolist()} for half in apart.chunk(2)]
+    compared = [tuple(r) for r in job.compared_text(blocks).tolist()]
+    assert [sum(r in half for r in compared) for half in halves] == [2, 2]
 
 
 @pytest.mark.parametrize("option", sorted(FELT))

@@ -266,10 +266,11 @@ class Blocks:
             mapped = file.get_slice(part)
             return torch.cat([mapped[:0], *(mapped[i : i + 1] for i in indices)]).long()
 
-    def sample(self, most: int) -> Tensor:
-        """At most so many training blocks, int64 [blocks, seq_len], evenly spaced: every source has its share of them."""
-        taken = min(most, self.count)
-        return self.read([i * self.count // taken for i in range(taken)])
+    def sample(self, most: int, part: str = "train") -> Tensor:
+        """At most so many blocks of a part, int64 [blocks, seq_len], evenly spaced: every source has its share of them."""
+        count = self.count if part == "train" else self.held_out
+        taken = min(most, count)
+        return self.read([i * count // taken for i in range(taken)], part)
 
     def batch(self, step: int, batch_size: int, seed: int) -> Tensor:
         """The batch of a step, int64 [batch_size, seq_len]; a function of its arguments alone.

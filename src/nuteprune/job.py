@@ -211,9 +211,8 @@ def check_stock(config: PruneConfig, discretiser: Discretiser, dense: Pretrained
 
 def compared_text(blocks: Blocks) -> torch.Tensor:
     """Token ids [blocks, tokens] on which a compact model is compared: of the held-out text, or the training text."""
-    part, count = ("held_out", blocks.held_out) if blocks.held_out else ("train", blocks.count)
-    some = blocks.read(list(range(min(4, count))), part)
-    return some[: max(1, COMPARED // some.shape[1]), :COMPARED]
+    most = min(4, max(1, COMPARED // blocks.seq_len))
+    return blocks.sample(most, "held_out" if blocks.held_out else "train")[:, :COMPARED]
 
 
 def pick_save_dtype(name: str, dense: PretrainedConfig) -> torch.dtype:
@@ -444,6 +443,7 @@ class _Job:
                 tokens=trainer.state.tokens,
                 seconds=trainer.state.seconds,
                 head_bias=trainer.state.head_bias,
+                gradient_jumps=trainer.state.jumps,
             )
             facts = dataclasses.replace(facts, figures=figures, masks=masks, masks_of="the pruned model")
             save_text(folder / "README.md", model_card(facts))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,6 +41,8 @@ class TrainState:
         tokens: tokens trained on.
         skipped: steps left out because loss or gradients were not finite.
         skipped_in_a_row: how many of them came right before the next step.
+        norms: norms of the LoRA gradient of the last steps, newest last (`stability`).
+        jumps: steps whose norm stood far above them.
         seconds: time spent in steps, without what happens between them (importance, freezing, repair).
         head_bias: standard deviations by which heads were favoured when gates started by importance (`balance`); None
             where importance has no such balance.
@@ -53,6 +55,8 @@ class TrainState:
     tokens: int = 0
     skipped: int = 0
     skipped_in_a_row: int = 0
+    norms: list[float] = field(default_factory=list)
+    jumps: int = 0
     seconds: float = 0.0
     head_bias: float | None = None
 

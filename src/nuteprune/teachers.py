@@ -127,7 +127,7 @@ class TeacherPolicy:
     kind: str
     lag: int
     total_steps: int
-    walk_back: bool = True
+    walk_back: bool
 
     @property
     def keeps_records(self) -> bool:

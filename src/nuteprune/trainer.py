@@ -41,6 +41,7 @@ from nuteprune.repair import STAGE as REPAIR
 from nuteprune.repair import repair
 from nuteprune.roles import LoraOptions, Role
 from nuteprune.size import BlockSize, Unit
+from nuteprune.stability import jump
 from nuteprune.state import TrainState, load_checkpoint, write_checkpoint
 from nuteprune.teachers import INTACT, REPAIRED, Snapshot, TeacherBank, TeacherPolicy, teacher_name
 
@@ -250,6 +251,7 @@ class Trainer:
             "records": len(self.bank),
             "lr": self.lora_optimizer.param_groups[0]["lr"],
             "gradient_norm": gradient_norm,
+            "gradient_jumps": self.state.jumps,
             "skipped": self.state.skipped,
             "tokens": self.state.tokens,
             "tokens_per_s": tokens / seconds,
@@ -319,6 +321,7 @@ class Trainer:
             if not (math.isfinite(norm) and math.isfinite(float(torch.nn.utils.get_total_norm(gates)))):
                 return self.skip("gradient", step)
             self.state.skipped_in_a_row = 0
+            self.watch(norm, step)
             for group in self.lora_optimizer.param_groups:
                 group["lr"] = self.config.lr * lr_factor(self.config.lr_schedule, step, self.total) * group["ratio"]
             self.lora_optimizer.step()
@@ -330,6 +333,19 @@ class Trainer:
                 self.gates.clamp_()
                 self.control.step()
         return norm
+
+    def watch(self, norm: float, step: int) -> None:
+        """Warns at the first step whose gradient norm is out of line, and counts them."""
+        times = jump(self.state.norms, norm)
+        if times is None:
+            return
+        self.state.jumps += 1
+        if self.state.jumps == 1:
+            self.warn(
+                f"the gradient's norm jumped to {norm:.3g} in step {step}, {times:.0f} times its median: training is unstable, "
+                f"which costs quality; a run at a lower --lr (now {self.config.lr:g}) may end better. Later jumps are counted "
+                "as gradient_jumps"
+            )
 
     def skip(self, what: str, step: int) -> float:
         """Leaves out the update of a step whose loss or gradient is not finite; returns nan, its gradient's norm.

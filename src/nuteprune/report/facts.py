@@ -44,6 +44,7 @@ class Figures:
         tokens: training tokens.
         seconds: time in training steps.
         head_bias: how much heads were favoured over channels at the start (`TrainState`).
+        gradient_jumps: steps whose gradient norm was far above that of the steps before (`stability`).
     """
 
     blocks_before: int
@@ -60,6 +61,7 @@ class Figures:
     tokens: int
     seconds: float
     head_bias: float | None = None
+    gradient_jumps: int = 0
 
     @property
     def block_sparsity(self) -> float:
@@ -90,6 +92,7 @@ class Figures:
             "training_tokens": self.tokens,
             "training_seconds": self.seconds,
             "head_bias": self.head_bias,
+            "gradient_jumps": self.gradient_jumps,
         }
 
     @classmethod
@@ -118,6 +121,7 @@ class Figures:
             tokens=found["training_tokens"],
             seconds=found["training_seconds"],
             head_bias=found.get("head_bias"),
+            gradient_jumps=found.get("gradient_jumps", 0),
         )
 
 
