@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from nuteprune.arch import Arch
@@ -102,8 +102,8 @@ def text(words: int, seed: int = 0) -> str:
     return " ".join(rng.choice(WORDS) for _ in range(words))
 
 
-def make_tokenizer(vocab: int = 96) -> PreTrainedTokenizerFast:
-    """A byte-pair tokenizer of at most `vocab` tokens."""
+def make_tokenizer(vocab: int = 96, opens: str = "") -> PreTrainedTokenizerFast:
+    """A byte-pair tokenizer of at most `vocab` tokens that opens texts with some special tokens, such as "<s>"."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     from tokenizers import decoders
@@ -111,6 +111,9 @@ def make_tokenizer(vocab: int = 96) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.Metaspace()
     trainer = trainers.BpeTrainer(vocab_size=vocab, special_tokens=["<s>", "</s>", "<unk>"], show_progress=False)
     tokenizer.train_from_iterator([text(400)], trainer)
+    if opens:
+        ids = [(token, tokenizer.token_to_id(token)) for token in opens.split()]
+        tokenizer.post_processor = processors.TemplateProcessing(single=f"{opens} $A", special_tokens=ids)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 

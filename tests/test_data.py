@@ -16,6 +16,7 @@ from conftest import make_tokenizer, text
 from nuteprune.chats import joined, writer
 from nuteprune.data import Blocks, build_blocks, check_sources, pydoc_pages, read_documents
 from nuteprune.errors import DataError
+from nuteprune.opening import opening
 
 DOCUMENTS = ["one red dog", "two green hills", "it rained all day"]
 
@@ -115,6 +116,25 @@ def test_blocks_are_a_function_of_the_seed(tmp_path: Path) -> None:
     assert one.held_out > 0
     assert torch.equal(one.read(every[: one.count]), two.read(every[: one.count]))
     assert not torch.equal(one.read(every[: one.count]), three.read(every[: three.count]))
+
+
+@pytest.mark.parametrize("opens", ["<s>", "<s> <unk>"])
+def test_blocks_open_as_the_tokenizer_opens_a_text(tmp_path: Path, opens: str) -> None:
+    source = tmp_path / "a.jsonl"
+    source.write_text("".join(json.dumps({"text": text(20, i)}) + "\n" for i in range(50)), encoding="utf-8")
+    tokenizer = make_tokenizer(opens=opens)
+    begin = tokenizer.convert_tokens_to_ids(opens.split())
+    assert opening(tokenizer) == begin
+    wanted = {"blocks": 20, "held_out": 2, "least": 1, "seed": 0}
+    blocks = build_blocks(tmp_path / "b.safetensors", (str(source),), tokenizer, seq_len=8, **wanted)
+    plain = build_blocks(tmp_path / "p.safetensors", (str(source),), make_tokenizer(), seq_len=8 - len(begin), **wanted)
+    assert (blocks.count, blocks.held_out, blocks.seq_len) == (20, 2, 8)
+    for part, count in (("train", 20), ("held_out", 2)):
+        rows = blocks.read(list(range(count)), part)
+        assert rows[:, : len(begin)].tolist() == [begin] * count
+        assert torch.equal(rows[:, len(begin) :], plain.read(list(range(count)), part))  # no token of the text is lost
+    with pytest.raises(DataError, match=f"--seq-len got {len(begin)}; this tokenizer opens every text with {len(begin)}"):
+        build_blocks(tmp_path / "c.safetensors", (str(source),), tokenizer, seq_len=len(begin), **wanted)
 
 
 def test_batches_pass_over_all_blocks_before_any_comes_again(tmp_path: Path) -> None:

@@ -31,6 +31,27 @@ def test_perplexity_equals_a_straight_computation(windows: int | None) -> None:
     assert again.perplexity == pytest.approx(found.perplexity, rel=1e-6)
 
 
+@pytest.mark.parametrize("opens", ["<s>", "<s> <unk>"])
+def test_windows_open_as_the_tokenizer_opens_a_text(opens: str) -> None:
+    model, tokenizer, words = tiny_model(tiny_config()), make_tokenizer(opens=opens), text(300)
+    begin = len(opens.split())
+    found = perplexity(model, tokenizer, words, name="t", joined="as is", window=32)
+    ids = torch.tensor(tokenizer(words)["input_ids"])
+    opening, ids = ids[:begin], ids[begin:]
+    rows = ids[: len(ids) // (32 - begin) * (32 - begin)].view(-1, 32 - begin)
+    rows = torch.cat([opening.expand(len(rows), -1), rows], 1)
+    labels = rows.clone()
+    labels[:, :begin] = -100
+    with torch.no_grad():
+        loss = model(rows, labels=labels).loss
+    assert found.perplexity == pytest.approx(loss.exp().item(), rel=1e-4)
+    assert found.tokens == rows.numel() - begin * len(rows)
+    assert f"opened by {tokenizer.decode(opening)}," in found.protocol
+    assert f"stride {32 - begin}" in found.protocol
+    with pytest.raises(DataError, match=f"--window got {begin}; this tokenizer opens every text with {begin}"):
+        perplexity(model, tokenizer, words, name="t", joined="as is", window=begin)
+
+
 def test_short_text_is_one_window_and_empty_text_refused() -> None:
     model, tokenizer = tiny_model(tiny_config()), make_tokenizer()
     assert perplexity(model, tokenizer, "the cat sat", name="t", joined="as is").windows == 1

@@ -6,15 +6,17 @@ import dataclasses
 import itertools
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import KINDS, text
+from conftest import KINDS, make_tokenizer, text
 from rich.console import Console
 from safetensors.torch import load_file
+from transformers import GenerationMixin
 
 from nuteprune import job, trainer
 from nuteprune.checkpoint import checkpoints
@@ -429,6 +431,30 @@ def test_self_sampled_text_is_kept_and_reproducible(small_run: PruneConfig, tmp_
     assert torch.equal(load_file(one.run / name)["train"], load_file(two.run / name)["train"])
     texts = [json.loads(line)["text"] for line in (one.run / "data/self.jsonl").read_text().splitlines()]
     assert len(set(texts)) > 10
+
+
+def test_sampled_text_opens_as_the_tokenizer_opens_a_text(
+    small_run: PruneConfig, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = tmp_path / "model", make_tokenizer(opens="<s>")
+    shutil.copytree(model_folder, model)
+    tokenizer.save_pretrained(model)
+    prompts: list[torch.Tensor] = []
+    real = GenerationMixin.generate
+
+    def generate(own: Any, inputs: torch.Tensor, **options: Any) -> Any:
+        prompts.append(inputs)
+        return real(own, inputs, **options)
+
+    monkeypatch.setattr(GenerationMixin, "generate", generate)
+    result, _ = _run(small_run.replace(model=str(model), data=("self",)))
+    rows = load_file(result.run / "data/blocks.safetensors")["train"]
+    assert {int(first) for first in rows[:, 0]} == {tokenizer.bos_token_id}
+    assert prompts
+    for inputs in prompts:
+        assert {int(first) for first in inputs[:, 0]} == {tokenizer.bos_token_id}
+        assert inputs.shape[1] == 2
+    assert int(rows[0, 1]) == int(prompts[0][0, 1])  # a document goes in without the opening that it was sampled behind
 
 
 def test_several_sources_share_the_tokens(small_run: PruneConfig, text_file: Path, tmp_path: Path) -> None:

@@ -3,7 +3,8 @@
 A source is a file (text, jsonl, jsonl.gz, parquet), a hub data set, `pydoc` (the standard library's help pages) or
 `self` (text sampled from the intact model). Records without a text that are instructions or chats are text as well, as the
 model's chat template writes them. Documents are shuffled by seed, joined by the end-of-text token and cut into
-blocks; every source supplies an equal share of the tokens. Blocks are tokenised once and memory mapped.
+blocks, each opened as the tokenizer opens a text; every source supplies an equal share of the tokens. Blocks are tokenised
+once and memory mapped.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from transformers import PreTrainedTokenizerBase
 from nuteprune.chats import COLUMNS, ROLES, Writer, as_chat, can_hold_chats, joined, valid, writer
 from nuteprune.errors import DataError, reason
 from nuteprune.files import save_tensors
+from nuteprune.opening import opening
 
 SELF, PYDOC = "self", "pydoc"
 _FILE_SUFFIXES = (".txt", ".md", ".raw", ".json", ".jsonl", ".gz", ".parquet")
@@ -320,9 +322,13 @@ def build_blocks(
         sample: for `self`: yields token ids of documents until the asked number of tokens is there.
 
     Raises:
-        DataError: too little text.
+        DataError: too little text, or blocks too short for what the tokenizer opens a text with.
     """
-    wanted = -(-(blocks + held_out) // len(sources)) * seq_len
+    begin = torch.tensor(opening(tokenizer), dtype=torch.int32)
+    room = seq_len - len(begin)
+    if room < 1:
+        raise DataError(f"--seq-len got {seq_len}; this tokenizer opens every text with {len(begin)} tokens, so give more.")
+    wanted = -(-(blocks + held_out) // len(sources)) * room
     train, apart, total = [], [], 0
     for source in sorted(sources, key=lambda s: s == SELF):  # sampling is long, so it comes last
         ids: list[int] = []
@@ -337,9 +343,10 @@ def build_blocks(
             ids += document
             if len(ids) >= wanted:
                 break
-        whole = min(len(ids), wanted) // seq_len
+        whole = min(len(ids), wanted) // room
         total += whole
-        rows = torch.tensor(ids[: whole * seq_len], dtype=torch.int32).view(whole, seq_len)
+        rows = torch.tensor(ids[: whole * room], dtype=torch.int32).view(whole, room)
+        rows = torch.cat([begin.expand(whole, -1), rows], 1)
         split = whole - min(-(-held_out // len(sources)), whole // 10)
         train.append(rows[: min(split, -(-blocks // len(sources)))])
         apart.append(rows[split:])

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nuteprune.data import Sampler
 from nuteprune.files import save_text
+from nuteprune.opening import opening
 
 BATCH, LENGTH, TOP_K = 64, 192, 100  # top-k, because sorting the vocabulary for top-p costs as much as the model
 
@@ -26,8 +27,9 @@ def model_sampler(
 ) -> Sampler:
     """A source of documents that the model writes.
 
-    Each document starts at a random ordinary token and is sampled at temperature 1 among the 100 likeliest tokens, as in
-    data-free distillation (LLM-QAT, Liu et al. 2023). It ends at the end-of-text token or after 192 tokens.
+    Each document starts at a random ordinary token, behind what the tokenizer opens a text with, and is sampled at
+    temperature 1 among the 100 likeliest tokens, as in data-free distillation (LLM-QAT, Liu et al. 2023). It ends at the
+    end-of-text token or after 192 tokens.
 
     Args:
         model: the intact model.
@@ -41,23 +43,26 @@ def model_sampler(
         generate: Any = model.generate
         special = set(tokenizer.all_special_ids)
         ordinary = torch.tensor([i for i in range(len(tokenizer)) if i not in special])
-        end = tokenizer.eos_token_id
+        begin, end = torch.tensor(opening(tokenizer), dtype=torch.int64), tokenizer.eos_token_id
         texts: list[str] = []
         made = 0
         with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
             torch.manual_seed(seed)
             while made < wanted:
-                first = ordinary[torch.randint(len(ordinary), (BATCH, 1))].to(model.device)
+                first = ordinary[torch.randint(len(ordinary), (BATCH, 1))]
+                first = torch.cat([begin.expand(BATCH, -1), first], 1).to(model.device)
                 out: Tensor = generate(
                     first,
                     attention_mask=torch.ones_like(first),
                     do_sample=True,
                     temperature=1.0,
                     top_k=TOP_K,
+                    top_p=1.0,  # else the model's own generation settings hold
+                    repetition_penalty=1.0,
                     max_new_tokens=min(LENGTH, -(-wanted // BATCH)),
                     pad_token_id=end if isinstance(end, int) else 0,
                 )
-                for row in out.tolist():
+                for row in out[:, len(begin) :].tolist():
                     ids = row[: row.index(end, 1) + 1] if end in row[1:] else row
                     made += len(ids)
                     texts.append(str(tokenizer.decode(ids, skip_special_tokens=True)))

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nuteprune.data import PYDOC, pydoc_pages, read_documents
 from nuteprune.errors import ConfigError, DataError, reason
+from nuteprune.opening import opening
 
 Progress = Callable[[int, int], None]
 Logits = Callable[[Tensor], Tensor]
@@ -54,11 +55,11 @@ class Perplexity:
         text: name of the text.
         sha256: beginning of the text's fingerprint, or of the tokens' where those were given.
         joined: how its documents became one text.
-        window: tokens a window; windows do not overlap (stride = window), a rest shorter than a window is left out
-            unless it is all there is.
-        stride: tokens from one window to the next.
+        window: tokens a window, with what the tokenizer opens a text with; a rest shorter than a window is left out unless it
+            is all there is.
+        stride: tokens of the text from one window to the next; windows do not overlap.
         windows: windows scored.
-        tokens: tokens scored: all but a window's first.
+        tokens: tokens scored: all but a window's first, which may be what it opens with.
         nats: mean negative log-likelihood a scored token.
         perplexity: exp(nats).
         bits_per_byte: negative log2-likelihood over the UTF-8 bytes of the scored tokens.
@@ -137,16 +138,17 @@ def _rows(name: str, known: NamedSet, data_dir: Path | None) -> list[str]:
 
 
 @torch.no_grad()
-def window_loss(logits: Logits, ids: Tensor) -> float:
-    """Sum of negative log-likelihoods of a window's tokens but the first, in nats.
+def window_loss(logits: Logits, ids: Tensor, given: int = 1) -> float:
+    """Sum of negative log-likelihoods of a window's tokens but the given ones, in nats.
 
     Args:
         logits: maps ids [1, tokens] to logits [1, tokens, vocab].
         ids: [tokens], int64.
+        given: tokens at its beginning that are not scored, at least 1.
     """
-    scores = logits(ids.unsqueeze(0))[0, :-1]
+    scores = logits(ids.unsqueeze(0))[0, given - 1 : -1]
     total = 0.0
-    for rows, wanted in zip(scores.split(256), ids[1:].to(scores.device).split(256), strict=True):
+    for rows, wanted in zip(scores.split(256), ids[given:].to(scores.device).split(256), strict=True):
         total += float(F.cross_entropy(rows.float(), wanted, reduction="sum"))
     return total
 
@@ -164,7 +166,8 @@ def perplexity(
 ) -> Perplexity:
     """Perplexity of a model on one text.
 
-    The text is tokenised as a whole without special tokens and cut into windows that do not overlap.
+    The text is tokenised as a whole without special tokens and cut into pieces that do not overlap. Where the tokenizer opens a
+    text by a token of its own (`opening`), each window is that and a piece, as the model is used.
 
     Args:
         model: a causal language model.
@@ -172,7 +175,7 @@ def perplexity(
         text: the text.
         name: its name, for the protocol.
         joined: how it was joined, for the protocol.
-        window: tokens a window.
+        window: tokens a window, the opening included.
         windows: score the first so many only; all by default.
         progress: called with windows done and their number.
 
@@ -180,15 +183,21 @@ def perplexity(
         DataError: the text has fewer than two tokens, or the loss is not a finite number.
     """
     ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-    pieces = [p for p in ids.split(window) if len(p) == window] or ([ids] if len(ids) > 1 else [])
-    if not pieces:
+    begin = torch.tensor(opening(tokenizer), dtype=torch.int64)
+    stride = window - len(begin)
+    if stride < 1:
+        raise DataError(f"--window got {window}; this tokenizer opens every text with {len(begin)} tokens, so give more.")
+    if len(begin):
+        joined += f", each window opened by {tokenizer.decode(begin)}"  # what it opens with is given, so all text is scored
+    pieces = [p for p in ids.split(stride) if len(p) == stride] or ([ids] if len(ids) else [])
+    pieces = [torch.cat([begin, piece]) for piece in pieces[:windows]]
+    if not pieces or len(pieces[0]) < 2:
         raise DataError(f"--ppl {name}: the text has {len(ids)} tokens; at least 2 are needed.")
-    pieces = pieces[:windows]
-    nats, scored, size = 0.0, 0, 0
+    nats, scored, size, given = 0.0, 0, 0, max(1, len(begin))
     for index, piece in enumerate(pieces):
-        nats += window_loss(lambda x: model(input_ids=x, use_cache=False).logits, piece.to(model.device))
-        scored += len(piece) - 1
-        size += len(str(tokenizer.decode(piece[1:])).encode("utf-8"))
+        nats += window_loss(lambda x: model(input_ids=x, use_cache=False).logits, piece.to(model.device), given)
+        scored += len(piece) - given
+        size += len(str(tokenizer.decode(piece[given:])).encode("utf-8"))
         if progress is not None:
             progress(index + 1, len(pieces))
     mean = nats / scored
@@ -196,7 +205,7 @@ def perplexity(
         raise DataError(f"--ppl {name}: the model's loss is not a finite number; its weights or --dtype are at fault.")
     bits = nats / math.log(2) / size if size else None
     fingerprint = sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12]
-    return Perplexity(name, fingerprint, joined, window, window, len(pieces), scored, mean, _exp(mean), bits)
+    return Perplexity(name, fingerprint, joined, window, stride, len(pieces), scored, mean, _exp(mean), bits)
 
 
 def _exp(nats: float) -> float:

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from nuteprune.chats import COLUMNS, ROLES, Message, as_chat, has_template, rendered
 from nuteprune.data import read_records
 from nuteprune.errors import ConfigError, DataError
+from nuteprune.opening import opening
 
 EXAMPLES = "data/examples.safetensors"  # in the folder of a fine-tuning
 NAMED = {"alpaca": "yahma/alpaca-cleaned"}  # on the hub; the cleaned Alpaca that LLM-Pruner and NutePrune tune on
@@ -194,8 +195,7 @@ def _alpaca(tokenizer: PreTrainedTokenizerBase, where: str, messages: list[Messa
     given = f"\n\n### Input:\n{extra}" if extra.strip() else ""
     preamble = _PREAMBLE.format(more=_INPUT if given else "")
     prompt = f"{preamble}\n\n### Instruction:\n{instruction}{given}\n\n### Response:\n"
-    bare, dressed = (list(tokenizer("a", add_special_tokens=special)["input_ids"]) for special in (False, True))
-    begin = dressed[: dressed.index(bare[0])] if bare and bare[0] in dressed else []  # as a prompt begins
+    begin = opening(tokenizer)
     end = [tokenizer.eos_token_id] if isinstance(tokenizer.eos_token_id, int) else []
     first = list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
     second = _continued(tokenizer, first, prompt, prompt + answer)
