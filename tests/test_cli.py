@@ -39,11 +39,11 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 # The surface of `nuteprune prune`: a change here is a change for users.
 SURFACE = """
 batch-size checkpoint-every compile config control control-lr data device dtype gate-init gate-init-batches gate-lr
-gate-width gates grad-clip gradient-checkpointing head-bias head-unit help hidden-loss hidden-weight keep-checkpoints
-kl-weight lm-weight load-in lora-alpha lora-plus lora-rank lora-targets lr lr-schedule max-skipped method out passes prune
-quiet ramp-shape recipe recovery repair repair-batches repair-damping round-heads round-hidden round-intermediate save-dtype
-seed seq-len snapshot-every sparsity steps target-shape teacher-lag teachers temperature text-key tokens track uniform
-walk-back warmup weight-decay
+gate-moment gate-width gates grad-clip gradient-checkpointing head-bias head-unit help hidden-loss hidden-weight
+keep-checkpoints kl-weight lm-weight load-in lora-alpha lora-plus lora-rank lora-targets lr lr-schedule max-skipped
+method out passes prune quiet ramp-shape recipe recovery repair repair-batches repair-damping round-heads round-hidden
+round-intermediate save-dtype seed seq-len snapshot-every sparsity steps target-shape teacher-lag teachers temperature
+text-key tokens track uniform walk-back warmup weight-decay
 """.split()
 
 

@@ -11,6 +11,7 @@ from conftest import KINDS, random_masks, tiny_config
 from nuteprune.arch import Arch
 from nuteprune.balance import favoured
 from nuteprune.control import LagrangianControl, ProjectionControl, schedule
+from nuteprune.gate_optimizer import LIMIT, gate_optimizer
 from nuteprune.gates import BETA, GAMMA, OPEN, ZETA, Deterministic, GateSet, HardConcrete, unit_shapes
 from nuteprune.importance import standardised
 from nuteprune.masks import mask_shapes
@@ -202,6 +203,43 @@ def test_a_ramp_grows_to_its_target(shape: str) -> None:
         assert rises == sorted(rises, reverse=True)
         assert ramp[4] == pytest.approx(0.4 * 0.875)
     assert schedule(0, 0, 0.4, shape) == 0.4
+
+
+def _travel(gradients: torch.Tensor, moment: str = "shared", lr: float = 0.02) -> torch.Tensor:
+    """How far gates have moved; gradients are [steps, gates]."""
+    gates = torch.nn.Parameter(torch.zeros(gradients.shape[1]))
+    optimizer = gate_optimizer(moment, [gates], lr)
+    for gradient in gradients:
+        gates.grad = gradient.clone()
+        optimizer.step()
+    return -gates.detach()
+
+
+def test_gates_of_a_kind_keep_their_proportions() -> None:
+    steady = torch.tensor([1.0, 3.0, -2.0]).expand(20, -1)
+    assert _travel(steady).tolist() == pytest.approx([20 * 0.02 * share for share in (0.5, 1.5, -1.0)], rel=1e-4)
+    assert _travel(1e-8 * steady).tolist() == pytest.approx(_travel(steady).tolist(), rel=1e-4)  # sizes fall out
+    assert _travel(steady, "own").tolist() == pytest.approx([0.4, 0.4, -0.4], rel=1e-3)  # all alike
+
+
+def test_a_gate_of_noise_stays_behind_one_that_decides() -> None:
+    noise = torch.randn(100, 64, generator=torch.Generator().manual_seed(0))
+    noise[:, 0] = 2.0
+    far, others = {}, {}
+    for moment in ("shared", "own"):
+        travelled = _travel(noise, moment).abs()
+        far[moment], others[moment] = travelled[0].item(), travelled[1:].mean().item()
+    assert far["shared"] > 10 * others["shared"]
+    assert far["shared"] / others["shared"] > 1.5 * far["own"] / others["own"]
+
+
+def test_no_gate_leaps_and_none_moves_without_gradients() -> None:
+    one = torch.zeros(1, 1000)
+    one[0, 0] = 1.0
+    travelled = _travel(one)
+    assert travelled[0].item() == pytest.approx(LIMIT * 0.02)
+    assert not travelled[1:].any()
+    assert not _travel(torch.zeros(3, 4)).any()
 
 
 def test_importance_start_orders_units_and_favours_heads() -> None:

@@ -202,7 +202,15 @@ class PruneConfig:
         "Gates",
     )
     gate_lr: float = option(
-        0.02, "Learning rate of the gates (Adam).", "0.02 beat 0.1 in short runs, design notes; the paper uses 0.1", "Gates"
+        0.02, "Learning rate of the gates.", "0.02 beat 0.1 in short runs, design notes; the paper uses 0.1", "Gates"
+    )
+    gate_moment: str = option(
+        "shared",
+        "What Adam divides a gate's gradient by: its own size (own), which moves all gates alike, or the mean of its kind "
+        "(shared), which moves those further that matter more.",
+        "docs/results.md; the paper uses own",
+        "Gates",
+        ("shared", "own"),
     )
     gate_width: tuple[float, ...] = option(
         (0.5, 0.05),

@@ -8,8 +8,8 @@ CRITERIA = ("taylor", "magnitude", "wanda", "flap")  # of importance (`importanc
 CHANNELS = ("intermediate", "hidden")  # the kinds that heads and whole blocks are weighed against (`balance.py`)
 SHAPE_DECIDES = ("sparsity", "prune", "uniform")  # options that a target shape decides
 METHOD_DECIDES = (  # options of learned gates and their teachers, which a one-shot method has not
-    "warmup", "recovery", "gates", "gate_lr", "gate_width", "control", "control_lr", "teacher_lag", "snapshot_every",
-    "ramp_shape", "walk_back",
+    "warmup", "recovery", "gates", "gate_lr", "gate_moment", "gate_width", "control", "control_lr", "teacher_lag",
+    "snapshot_every", "ramp_shape", "walk_back",
 )  # fmt: skip
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -25,6 +25,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "gates": "hard-concrete",
         "gate_init": "open",
         "gate_lr": 0.1,
+        "gate_moment": "own",
         "control": "lagrangian",
         "prune": ("heads", "intermediate", "hidden"),
         "lora_rank": 8,

@@ -29,6 +29,7 @@ from nuteprune.control import Controller, LagrangianControl, ProjectionControl, 
 from nuteprune.data import Blocks
 from nuteprune.errors import TrainingError
 from nuteprune.files import save_tensors
+from nuteprune.gate_optimizer import gate_optimizer
 from nuteprune.gates import Deterministic, Gate, GateSet, HardConcrete
 from nuteprune.importance import unit_scores
 from nuteprune.learning_rate import lr_factor
@@ -114,7 +115,7 @@ class Trainer:
             lr=config.lr,
             weight_decay=config.weight_decay,
         )
-        self.gate_optimizer = torch.optim.Adam(self.gates.parameters(), lr=config.gate_lr)
+        self.gate_optimizer = gate_optimizer(config.gate_moment, self.gates.parameters(), config.gate_lr)
 
         self.policy = TeacherPolicy(config.teachers, config.teacher_lag, self.total, config.walk_back)
         self.bank = TeacherBank(folder / "teachers")
