@@ -116,7 +116,7 @@ def test_uniform_layers_are_alike_all_the_way(
     steps = widths_at_each_step(monkeypatch)
     units = ("heads", "intermediate", "layers")
     config = small_run.replace(uniform=True, prune=units, control=control, gates=gates, sparsity=0.5, snapshot_every=0.02)
-    config = config.replace(head_bias=0.0)  # a measured one would choose the widths below
+    config = config.replace(head_bias=0.5)  # a head goes from each layer; with less whole layers go in their place
     result, _ = run_of(config, tmp_path, "llama")
     assert result.figures is not None
     assert len(steps) == config.freeze_step
