@@ -112,7 +112,7 @@ def _kill_loop(config: PruneConfig, folder: Path, kills: int, seed: int) -> Coun
         process.join(rng.uniform(0.0, 0.8 * whole) if survived.total() < kills else None)
         process.kill()
         process.join()
-        if process.exitcode != 0:
+        if process.exitcode != 0 and not (run / "result.json").is_file():  # else it was done, and on its way out
             assert process.exitcode == -9
             kept = checkpoints(run / "checkpoints")
             steps = int(kept[-1].name.removeprefix("step-")) if kept else -1
