@@ -287,7 +287,7 @@ FELT: dict[str, Any] = {
     "gate_init_batches": 1,
     "head_bias": 4.0,
     "gate_lr": 0.2,
-    "gate_moment": "own",
+    "gate_moment": "shared",
     "gate_width": (1.0, 0.5),
     "control": "lagrangian",
     "teachers": "intact",

@@ -205,10 +205,10 @@ class PruneConfig:
         0.02, "Learning rate of the gates.", "0.02 beat 0.1 in short runs, design notes; the paper uses 0.1", "Gates"
     )
     gate_moment: str = option(
-        "shared",
+        "own",
         "What Adam divides a gate's gradient by: its own size (own), which moves all gates alike, or the mean of its kind "
         "(shared), which moves those further that matter more.",
-        "docs/results.md; the paper uses own",
+        "shared is 2 % better in runs of 100 steps and 1 % worse in runs of 293 (docs/results.md)",
         "Gates",
         ("shared", "own"),
     )

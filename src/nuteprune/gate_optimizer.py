@@ -15,7 +15,7 @@ class SharedMoment(torch.optim.Optimizer):
     """Adam with one scale a tensor, the mean of its absolute gradients, in place of one an element.
 
     Adam divides a gate's gradient by that gate's own size of gradient, so a gate whose gradient is noise around zero travels
-    as far as one that decides, and what training knows of importance is lost. Here gates keep their proportions: those of a
+    as far as one that decides. Here gates keep their proportions: those of a
     kind move by the learning rate on average, those whose gradient is large and steady by more.
 
     Args:
