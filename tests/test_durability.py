@@ -112,8 +112,8 @@ def _kill_loop(config: PruneConfig, folder: Path, kills: int, seed: int) -> Coun
         process.join(rng.uniform(0.0, 0.8 * whole) if survived.total() < kills else None)
         process.kill()
         process.join()
+        assert process.exitcode in (0, -9)
         if process.exitcode != 0 and not (run / "result.json").is_file():  # else it was done, and on its way out
-            assert process.exitcode == -9
             kept = checkpoints(run / "checkpoints")
             steps = int(kept[-1].name.removeprefix("step-")) if kept else -1
             where = "training" if 0 <= steps < config.total_steps else "after it" if kept else "before it"
@@ -126,9 +126,9 @@ def _kill_loop(config: PruneConfig, folder: Path, kills: int, seed: int) -> Coun
 
 
 def test_kills_at_random_moments_lose_nothing(durable: PruneConfig, tmp_path: Path) -> None:
-    survived = _kill_loop(durable, tmp_path, 10, seed=1)
-    assert survived.total() >= 10
-    assert survived["training"] >= 2, survived
+    survived = _kill_loop(durable, tmp_path, 20, seed=1)
+    assert survived.total() >= 20
+    assert survived["training"] >= 3, survived
 
 
 @pytest.mark.slow
@@ -304,31 +304,25 @@ def test_other_errors_of_the_system_are_not_called_a_full_disk(tmp_path: Path) -
 
 
 @pytest.fixture
-def overflow(monkeypatch: pytest.MonkeyPatch) -> set[int]:
-    """Steps whose loss is made infinite."""
-    steps: set[int] = set()
+def factors(monkeypatch: pytest.MonkeyPatch) -> dict[int, float]:
+    """What the loss of a step is multiplied by, by step; 1 where nothing is given."""
+    by_step: dict[int, float] = {}
     calls = iter(range(10**6))
     real = nuteprune.trainer.head_loss
 
     def head_loss(*args: Any, **kwargs: Any) -> Any:
         found = real(*args, **kwargs)
-        return dataclasses.replace(found, total=found.total * math.inf) if next(calls) in steps else found
+        return dataclasses.replace(found, total=found.total * by_step.get(next(calls), 1.0))
 
     monkeypatch.setattr(nuteprune.trainer, "head_loss", head_loss)
-    return steps
+    return by_step
 
 
 def test_a_gradient_that_jumps_is_told_once_and_counted(
-    durable: PruneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    durable: PruneConfig, tmp_path: Path, factors: dict[int, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stability, "LEAST", 5)
-    real, calls = nuteprune.trainer.head_loss, iter(range(10**6))
-
-    def head_loss(*args: Any, **kwargs: Any) -> Any:
-        found = real(*args, **kwargs)
-        return dataclasses.replace(found, total=found.total * (1e4 if next(calls) in (3, 7, 9) else 1.0))
-
-    monkeypatch.setattr(nuteprune.trainer, "head_loss", head_loss)
+    factors |= dict.fromkeys((3, 7, 9), 1e4)
     result = prune(durable.replace(out=str(tmp_path / "run")), reporter := Quiet())
     told = [line for line in reporter.said if "gradient's norm jumped" in line]
     assert len(told) == 1  # the first one; none is told where too few steps are known, as before step 3
@@ -353,9 +347,9 @@ def test_a_jump_is_measured_by_the_median_of_the_last_norms() -> None:
 
 @pytest.mark.parametrize("control", ["projection", "lagrangian"])
 def test_a_step_that_overflows_is_left_out_and_the_schedule_keeps_pace(
-    durable: PruneConfig, tmp_path: Path, overflow: set[int], control: str
+    durable: PruneConfig, tmp_path: Path, factors: dict[int, float], control: str
 ) -> None:
-    overflow |= {2, 3, 9}
+    factors |= dict.fromkeys((2, 3, 9), math.inf)
     gates = "hard-concrete" if control == "lagrangian" else "deterministic"
     result = prune(durable.replace(out=str(tmp_path / "run"), control=control, gates=gates), reporter := Quiet())
     metrics = read_metrics(result.run / "metrics.jsonl")
@@ -373,8 +367,8 @@ def test_a_step_that_overflows_is_left_out_and_the_schedule_keeps_pace(
         assert write_report(result.run).is_file()
 
 
-def test_too_many_in_a_row_stop_the_run_with_advice(durable: PruneConfig, tmp_path: Path, overflow: set[int]) -> None:
-    overflow |= {1, 2, 3, 5, 6, 7, 8}
+def test_too_many_in_a_row_stop_the_run_with_advice(durable: PruneConfig, tmp_path: Path, factors: dict[int, float]) -> None:
+    factors |= dict.fromkeys((1, 2, 3, 5, 6, 7, 8), math.inf)
     with pytest.raises(
         TrainingError, match=r"loss of step 8 is not a finite number \(4 steps in a row\).*lower --lr"
     ) as raised:

@@ -17,7 +17,6 @@ from conftest import make_tokenizer, tiny_config, tiny_model
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from test_trainer import Quiet
-from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nuteprune import EvalOptions, FinetuneOptions, PruneConfig, evaluate, finetune, prune, resume_finetune
@@ -394,10 +393,7 @@ def test_a_prompt_begins_as_the_tokenizer_begins_one(tokenizer: Any) -> None:
     """Llama 3's tokenizer adds its first token by a post-processor, not by add_bos_token."""
     message = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     bare, _ = _alpaca(tokenizer, "here", message)
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
-    )
-    dressed, learned = _alpaca(tokenizer, "here", message)
+    dressed, learned = _alpaca(make_tokenizer(opens="<s>"), "here", message)
     assert dressed == [tokenizer.bos_token_id, *bare]
     assert not learned[0]
 
