@@ -27,7 +27,7 @@ class Experiment:
         seed: of the run.
         options: of `nuteprune prune`; data files relative to the data folder. Empty: the dense model is evaluated.
         evaluate: `ppl` (texts relative to the data folder, or names that `nuteprune eval` knows), `windows`, and perhaps
-            `dtype`, `tasks`, `limit` (rows of each task) and `skip` (rows left out before them).
+            `dtype`, `tasks`, `limit` (rows of each task), `skip` (rows left out before them) and `batch_size` (of the tasks).
     """
 
     group: str

@@ -157,7 +157,8 @@ def protocol(evaluate: dict[str, Any], data: Path, rows: Path, begun: bool) -> l
         found += [f"--{name}", str(evaluate[name])] if name in evaluate else []
     if "tasks" in evaluate:
         found += ["--tasks", evaluate["tasks"], "--task-data", str(rows)]
-        found += ["--limit", str(evaluate["limit"])] if "limit" in evaluate else []
+        for name in ("limit", "batch_size"):
+            found += [f"--{name.replace('_', '-')}", str(evaluate[name])] if name in evaluate else []
         found += ["--resume"] if begun else []
     return found
 

@@ -84,18 +84,27 @@ class Arrangement:
         heads = masks.heads.gather(1, self.heads.unsqueeze(-1).expand_as(masks.heads))
         return replace(masks, heads=heads, intermediate=masks.intermediate.gather(1, self.intermediate))
 
-    def index(self, dim: Dim, layer: int, widths: Widths) -> Tensor | None:
-        """Which elements along a dimension a role of these widths computes, in order; None where there is nothing to choose."""
+    def length(self, dim: Dim, layer: int, widths: Widths) -> int | None:
+        """How many elements along a dimension a role of these widths computes; None where there is nothing to choose."""
         if len(dim) > 1:  # a fused projection; its kinds are not among those to narrow
             return None
         axis = dim[0]
         if axis is Axis.INTERMEDIATE and "intermediate" in self.narrow:
-            return self.intermediate[layer, : widths.intermediate[layer]]
+            return widths.intermediate[layer]
         if axis in (Axis.QUERY, Axis.KV) and "heads" in self.narrow:
-            each = self.dims.size(axis) // self.dims.groups
-            groups = self.heads[layer, : widths.heads[layer]]
-            return (groups.unsqueeze(1) * each + torch.arange(each, device=groups.device)).flatten()
+            return widths.heads[layer] * (self.dims.size(axis) // self.dims.groups)
         return None
+
+    def index(self, dim: Dim, layer: int, widths: Widths) -> Tensor | None:
+        """Which elements those are, in order."""
+        if self.length(dim, layer, widths) is None:
+            return None
+        axis = dim[0]
+        if axis is Axis.INTERMEDIATE:
+            return self.intermediate[layer, : widths.intermediate[layer]]
+        each = self.dims.size(axis) // self.dims.groups
+        groups = self.heads[layer, : widths.heads[layer]]
+        return (groups.unsqueeze(1) * each + torch.arange(each, device=groups.device)).flatten()
 
     def cut(self, tensor: Tensor, shape: Sequence[Dim], layer: int, widths: Widths) -> Tensor:
         """A tensor along these dimensions in this order, at these widths; a copy."""

@@ -59,7 +59,8 @@ def measured_bias(
             for index, row in enumerate(sequences):
                 ids = row.unsqueeze(0).to(masked.device)
                 head, softcap = masked.head, masked.arch.softcap
-                total += head_loss(masked.forward(ids), None, ids, head.weight, head.bias, softcap=softcap, kl_weight=0.0).lm
+                loss = head_loss(masked.forward(ids), None, ids, head.weight, head.bias, softcap=softcap, kl_weight=0.0)
+                total += float(loss.lm)
                 if progress is not None:
                     progress(len(found) * len(sequences) + index + 1, TRIES * len(sequences))
             found[bias] = total / len(sequences)

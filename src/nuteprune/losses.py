@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,13 +20,13 @@ class HeadLoss:
 
     Attributes:
         total: weighted sum with gradients, a scalar.
-        kl: mean KL(teacher || student) a token at the given temperature, in nats; nan without a teacher.
-        lm: mean cross entropy of the next token, in nats.
+        kl: mean KL(teacher || student) a token at the given temperature, in nats, a scalar; nan without a teacher.
+        lm: mean cross entropy of the next token, in nats, a scalar.
     """
 
     total: Tensor
-    kl: float
-    lm: float
+    kl: Tensor
+    lm: Tensor
 
 
 class _FusedHead(torch.autograd.Function):
@@ -47,8 +48,9 @@ class _FusedHead(torch.autograd.Function):
         kl_weight: float,
         lm_weight: float,
         softcap: float | None,
+        scored: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        tokens, scored = student.shape[0], max(int((labels >= 0).sum()), 1)
+        tokens = student.shape[0]
         gradient = torch.zeros_like(student)
         kl_sum = torch.zeros((), dtype=torch.float64, device=student.device)
         lm_sum = torch.zeros_like(kl_sum)
@@ -71,7 +73,7 @@ class _FusedHead(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return (gradient * grads[0].to(gradient.dtype), *([None] * 8))
+        return (gradient * grads[0].to(gradient.dtype), *([None] * 9))
 
 
 def _losses_of(
@@ -186,8 +188,9 @@ def head_loss(
         kl_weight,
         lm_weight,
         softcap,
+        max(input_ids.shape[0] * (input_ids.shape[1] - 1), 1),  # labels there are, known without asking the device
     )
-    return HeadLoss(total, float("nan") if teacher is None else float(kl), float(lm))
+    return HeadLoss(total, torch.full_like(kl, math.nan) if teacher is None else kl, lm)
 
 
 class _HiddenTerm(torch.autograd.Function):

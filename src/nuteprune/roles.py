@@ -92,6 +92,6 @@ class BaseWeight:
         """Lets the module see the first units only, of the repaired data if asked for and there; a view."""
         data = self.repaired if repaired and self.repaired is not None else self.full
         for position, dim in enumerate(self.shape):
-            index = None if arrangement is None else arrangement.index(dim, self.layer, widths)
-            data = data if index is None else data.narrow(position, 0, len(index))
+            length = None if arrangement is None else arrangement.length(dim, self.layer, widths)
+            data = data if length is None else data.narrow(position, 0, length)
         self.parameter.data = data

@@ -27,10 +27,11 @@ from nuteprune.balance import favoured, measured_bias
 from nuteprune.config import PruneConfig
 from nuteprune.control import Controller, LagrangianControl, ProjectionControl, schedule
 from nuteprune.data import Blocks
-from nuteprune.errors import TrainingError
+from nuteprune.errors import TrainingError, reason
 from nuteprune.files import save_tensors
 from nuteprune.gate_optimizer import gate_optimizer
 from nuteprune.gates import Deterministic, Gate, GateSet, HardConcrete
+from nuteprune.graphed import GraphedPasses
 from nuteprune.importance import unit_scores
 from nuteprune.learning_rate import lr_factor
 from nuteprune.losses import HiddenLoss, head_loss
@@ -121,6 +122,8 @@ class Trainer:
         self.bank = TeacherBank(folder / "teachers")
         self.teacher: tuple[int, Role] | None = None  # the record that teaches now, ready to be played
         self.masks: Masks | None = None  # discrete masks, once frozen
+        self.graphs = self.masked.device.type == "cuda"  # whether steps may be recorded
+        self.recorded: GraphedPasses | None = None
         self.state = TrainState()
         self.part: Callable[[str], AbstractContextManager[Any]] = record_function  # names the parts of a step for profilers
 
@@ -203,35 +206,11 @@ class Trainer:
         target = schedule(step, self.ramp, config.sparsity, config.ramp_shape)
         whole = self.blocks.batch(step, config.batch_size, config.seed)
         batch = self.processes.share(whole).to(self.masked.device)
-        layer_states = config.hidden_loss != "none" and config.teachers != "none"
 
         records = len(self.bank) if self.state.reached is None else self.state.walk_from
         record = self.policy.record(step, records, self.state.reached)
-        states: list[Tensor] = []  # the teacher's hidden states
-        taught = None if record is None else self.teach(record, batch, states if layer_states else None)
-
-        with self.part("gates and control"):
-            masks, expected = self.student_masks(target)
-            hidden = HiddenLoss(states, masks.hidden, config.hidden_loss) if states else None
-        with self.part("student forward"):
-            student = self.masked.forward(batch, None if hidden is None else hidden.add)
-        with self.part("heads and losses"):
-            head = head_loss(
-                student,
-                taught,
-                batch,
-                self.masked.head.weight,
-                self.masked.head.bias,
-                temperature=config.temperature,
-                kl_weight=config.kl_weight,
-                lm_weight=1.0 if taught is None else config.lm_weight,
-                softcap=self.masked.arch.softcap,
-            )
-            loss = head.total if hidden is None else head.total + config.hidden_weight * hidden.total
-        if self.masks is None:
-            loss = loss + self.control.penalty(expected, target)
-        hidden_loss = math.nan if hidden is None else float(hidden.total.detach())
-        told = self.processes.averages([float(loss.detach()), head.kl, head.lm, hidden_loss, float(expected.detach())])
+        loss, *others = graphed(batch) if (graphed := self.graphed(record, batch)) else self.forward(record, batch, target)
+        told = self.processes.averages([float(loss.detach()), *(float(other) for other in others)])
         gradient_norm = self.update(loss, told[0], step)
 
         tokens, seconds = whole.numel(), time.perf_counter() - began
@@ -262,6 +241,66 @@ class Trainer:
             metrics |= self.control.metrics()
             self.after_step(step, sparsity)
         return metrics
+
+    def forward(self, record: int | None, batch: Tensor, target: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The forward passes of teacher and student.
+
+        Args:
+            record: who teaches; None for nobody.
+            batch: token ids [batch, tokens], int64.
+            target: sparsity of the student.
+
+        Returns:
+            The loss, with gradients; then, for the metrics, KL, cross entropy, hidden-state term and expected sparsity. All are
+            scalars; terms that the loss has not are nan.
+        """
+        config = self.config
+        layer_states = config.hidden_loss != "none" and config.teachers != "none"
+        states: list[Tensor] = []  # the teacher's hidden states
+        taught = None if record is None else self.teach(record, batch, states if layer_states else None)
+
+        with self.part("gates and control"):
+            masks, expected = self.student_masks(target)
+            hidden = HiddenLoss(states, masks.hidden, config.hidden_loss) if states else None
+        with self.part("student forward"):
+            student = self.masked.forward(batch, None if hidden is None else hidden.add)
+        with self.part("heads and losses"):
+            head = head_loss(
+                student,
+                taught,
+                batch,
+                self.masked.head.weight,
+                self.masked.head.bias,
+                temperature=config.temperature,
+                kl_weight=config.kl_weight,
+                lm_weight=1.0 if taught is None else config.lm_weight,
+                softcap=self.masked.arch.softcap,
+            )
+            loss = head.total if hidden is None else head.total + config.hidden_weight * hidden.total
+        if self.masks is None:
+            loss = loss + self.control.penalty(expected, target)
+        hidden_loss = torch.full_like(head.lm, math.nan) if hidden is None else hidden.total.detach()
+        return loss, head.kl, head.lm, hidden_loss, expected.detach()
+
+    def graphed(self, record: int | None, batch: Tensor) -> GraphedPasses | None:
+        """The passes of a step recorded for the GPU, where masks and teacher stay as they are from here on; else None."""
+        config, last = self.config, record in (None, INTACT) and self.masks is not None
+        if not (self.graphs and last and self.fast) or self.masked.rigid or config.compile or config.gradient_checkpointing:
+            return None
+        if self.recorded is None:
+
+            def passes(batch: Tensor) -> tuple[Tensor, ...]:
+                loss, *others = self.forward(record, batch, config.sparsity)
+                loss.backward()
+                return loss.detach(), *others
+
+            try:
+                self.recorded = GraphedPasses(passes, batch, list(self.masked.lora.values()))
+            except RuntimeError as error:
+                self.graphs = False
+                self.lora_optimizer.zero_grad()
+                self.warn(f"steps run without a CUDA graph, which is slower but the same: {reason(error)}")
+        return self.recorded
 
     def teach(self, record: int, batch: Tensor, states: list[Tensor] | None) -> Tensor:
         """The teacher's forward pass, without gradients; its hidden states after each layer but the last go to `states`."""
@@ -312,7 +351,8 @@ class Trainer:
         if not math.isfinite(average):
             return self.skip("loss", step)
         with self.part("backward"):
-            loss.backward()
+            if loss.requires_grad:  # a graph has done it
+                loss.backward()
             trained = (*self.masked.lora.values(), *self.gates.parameters(), *self.control.parameters())
             self.processes.average(p.grad for p in trained if p.grad is not None)
         with self.part("optimisers"):
@@ -440,6 +480,7 @@ class Trainer:
 
     def freeze_at(self, masks: Masks) -> None:
         """Fixes the masks; the student, and where they can its teachers, run at the width that is left."""
+        self.recorded = None
         self.masks = masks.to(self.masked.device)
         self.frozen_sparsity = torch.tensor(self.size.sparsity(masks))
         self.gates.requires_grad_(False)
@@ -465,6 +506,7 @@ class Trainer:
 
     def restore(self) -> None:
         """Gives the model its intact weights back, and LoRA its whole shape, for compaction."""
+        self.recorded = None
         widths = self.masked.widths
         self.each_lora_weight(lambda name, tensor: self.masked.spread_lora(name, tensor, widths))
         self.masked.restore()
