@@ -25,6 +25,7 @@ from nuteprune.estimation.estimate import estimate
 from nuteprune.estimation.gpus import GPUS, find_gpus, on_gpu
 from nuteprune.estimation.rehearsal import Rehearsal, Stage, miniature, run_time
 from nuteprune.estimation.timetable import Point, rehearsal_steps, timetable
+from nuteprune.gate_start import BALANCE, IMPORTANCE
 from nuteprune.job import prune
 from nuteprune.masking import MaskedModel
 from nuteprune.masks import Masks
@@ -33,7 +34,7 @@ from nuteprune.options import COST_OPTIONS
 from nuteprune.progress import Reporter, read_metrics
 from nuteprune.recipes import SHAPE_DECIDES
 from nuteprune.roles import LoraOptions
-from nuteprune.trainer import BALANCE, FIRST_CHECKPOINT, IMPORTANCE
+from nuteprune.trainer import FIRST_CHECKPOINT
 
 # -- timetable ---------------------------------------------------------------------------------------------------------
 

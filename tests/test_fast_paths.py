@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import KINDS, random_masks, tiny_config, tiny_model
+from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from nuteprune import arrangement
+from nuteprune import arrangement, graphed
 from nuteprune.arch import Arch
 from nuteprune.arrangement import Arrangement
 from nuteprune.config import PruneConfig
@@ -21,24 +23,28 @@ from nuteprune.masks import Masks
 from nuteprune.models import Source
 from nuteprune.progress import read_metrics
 from nuteprune.roles import LoraOptions
+from nuteprune.teachers import INTACT
 from nuteprune.trainer import Trainer
 
 IDS = torch.randint(2, 96, (2, 12), generator=torch.Generator().manual_seed(1))
 
 
-def _trainer(config: PruneConfig, folder: Path, fast: bool) -> Trainer:
+def _trainer(
+    config: PruneConfig, folder: Path, fast: bool, device: str = "cpu", warn: Callable[[str], None] = lambda _: None
+) -> Trainer:
     source = Source.find(config.model)
-    model = source.model(torch.device("cpu"), torch.float32)
+    model = source.model(torch.device(device), torch.float32)
     path = folder / "blocks.safetensors"
     build_blocks(
         path, config.data, source.tokenizer(96), seq_len=config.seq_len, blocks=config.total_steps * config.batch_size,
         held_out=2, least=config.batch_size, seed=config.seed,
     )  # fmt: skip
-    return Trainer(config, model, Arch.from_config(source.config()), Blocks.open(path), folder, lambda _: None, fast=fast)
+    return Trainer(config, model, Arch.from_config(source.config()), Blocks.open(path), folder, warn, fast=fast)
 
 
-def _trajectory(config: PruneConfig, folder: Path, fast: bool) -> tuple[list[dict[str, Any]], Trainer]:
-    trainer = _trainer(config, folder, fast)
+def _trajectory(config: PruneConfig, folder: Path, fast: bool, **more: Any) -> tuple[list[dict[str, Any]], Trainer]:
+    folder.mkdir(exist_ok=True)
+    trainer = _trainer(config, folder, fast, **more)
     trainer.start()
     metrics: list[dict[str, Any]] = []
     assert trainer.run(metrics.append)
@@ -62,8 +68,6 @@ def test_fast_run_follows_the_plain_one(
 ) -> None:
     monkeypatch.setattr(arrangement, "ALIGN", 1)
     config = small_run.replace(**changes)
-    (tmp_path / "a").mkdir()
-    (tmp_path / "b").mkdir()
     plain, one = _trajectory(config, tmp_path / "a", fast=False)
     fast, two = _trajectory(config, tmp_path / "b", fast=True)
     assert [m["teacher"] for m in plain] == [m["teacher"] for m in fast]
@@ -259,3 +263,110 @@ def test_masks_from_elsewhere_come_to_the_arrangement() -> None:
     with torch.device("meta"):
         elsewhere = Arrangement(dims, order.narrow, order.heads.to("meta"), order.intermediate.to("meta"))
     assert elsewhere.masks(Masks.ones(dims, torch.device("cpu"))).heads.device.type == "meta"
+
+
+class _Played:
+    """What a CUDA graph does, on a CPU: it knows one place for token ids, one for each gradient, one for the scalars."""
+
+    made = played = 0
+
+    def __init__(self, forward: graphed.Forward, batch: Tensor, parameters: list[nn.Parameter]) -> None:
+        type(self).made += 1
+        self.forward, self.batch, self.parameters = forward, batch.clone(), list(parameters)
+        self.places = [p.data_ptr() for p in self.parameters]
+        self.gradients = [torch.zeros_like(p) for p in self.parameters]
+
+    def __call__(self, batch: Tensor) -> tuple[Tensor, ...]:
+        type(self).played += 1
+        assert [p.data_ptr() for p in self.parameters] == self.places  # or a graph would train what is no longer there
+        self.batch.copy_(batch)
+        loss, *others = self.forward(self.batch)
+        for gradient, fresh in zip(self.gradients, torch.autograd.grad(loss, self.parameters), strict=True):
+            gradient.copy_(fresh)
+        for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
+            parameter.grad = gradient
+        return loss.detach(), *others
+
+
+@pytest.mark.parametrize(
+    ("changes", "recorded"),
+    [
+        ({"walk_back": False}, 8),  # the last third, in which masks are frozen
+        ({"teachers": "none"}, 8),
+        ({"hidden_loss": "plain", "walk_back": False}, 8),
+        ({}, 1),  # teachers walk back to the intact model, which the last step reaches
+        ({"method": "taylor", "walk_back": False, "teachers": "intact", "repair": True}, 24),
+    ],
+    ids=["default", "no-teacher", "hidden-loss", "walk-back", "one-shot"],
+)
+def test_recorded_steps_are_the_last_ones_and_change_nothing(
+    small_run: PruneConfig, changes: dict[str, Any], recorded: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small_run.replace(**changes)
+    plain, one = _trajectory(config, tmp_path / "a", fast=True)
+    monkeypatch.setattr(_Played, "made", 0)
+    monkeypatch.setattr(_Played, "played", 0)
+    monkeypatch.setattr(graphed, "GraphedPasses", _Played)
+    monkeypatch.setattr(Trainer, "recordable", True)
+    found, two = _trajectory(config, tmp_path / "b", fast=True)
+    assert (_Played.made, _Played.played) == (1, recorded)
+    for a, b in zip(plain, found, strict=True):
+        for key in ("loss", "kl", "lm_loss", "hidden_loss", "gradient_norm", "teacher"):
+            assert b[key] == a[key] or a[key] != a[key] != b[key] != b[key], (key, a["step"])
+    for name, tensor in one.masked.lora.items():
+        assert torch.equal(two.masked.lora[name], tensor), name
+
+
+def test_what_cannot_be_recorded_is_told_once_and_runs_as_before(
+    small_run: PruneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, one = _trajectory(small_run, tmp_path / "a", fast=True)
+
+    def refuse(forward: graphed.Forward, batch: Tensor, parameters: list[nn.Parameter]) -> None:
+        forward(batch)[0].backward()  # a recording that breaks leaves gradients behind
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(graphed, "GraphedPasses", refuse)
+    monkeypatch.setattr(Trainer, "recordable", True)
+    told: list[str] = []
+    found, two = _trajectory(small_run, tmp_path / "b", fast=True, warn=told.append)
+    assert [line for line in told if "without a CUDA graph" in line and "not permitted" in line] == [told[-1]]
+    assert [m["gradient_norm"] for m in found] == [m["gradient_norm"] for m in plain]
+    for name, tensor in one.masked.lora.items():
+        assert torch.equal(two.masked.lora[name], tensor), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "possible"),
+    [({}, True), ({"gradient_checkpointing": True}, False), ({"compile": True}, False)],
+)
+def test_steps_are_recorded_on_a_gpu_alone(
+    small_run: PruneConfig, changes: dict[str, Any], possible: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = _trainer(small_run.replace(**changes), tmp_path, fast=True)
+    assert not trainer.recordable
+    monkeypatch.setattr(MaskedModel, "device", torch.device("cuda"))
+    assert trainer.recordable is possible
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("hidden_loss", ["none", "normalised"])
+def test_a_graph_gives_the_gradients_of_the_passes_that_it_recorded(
+    small_run: PruneConfig, hidden_loss: str, tmp_path: Path
+) -> None:
+    config = small_run.replace(walk_back=False, hidden_loss=hidden_loss)
+    trainer = _trainer(config, tmp_path, fast=True, device="cuda", warn=pytest.fail)
+    trainer.start()
+    while trainer.state.step < 18:
+        trainer.step()
+    assert trainer.recorder._recorded is not None
+    for step in (20, 21):
+        batch = trainer.blocks.batch(step, 2, 0).cuda()
+        trainer.lora_optimizer.zero_grad()
+        loss, *_ = trainer.forward(INTACT, batch, config.sparsity)
+        loss.backward()
+        wanted = [p.grad.clone() for p in trainer.masked.lora.values() if p.grad is not None]
+        replayed, *_ = trainer.recorder._recorded(batch)
+        torch.testing.assert_close(replayed, loss.detach())
+        for parameter, gradient in zip(trainer.masked.lora.values(), wanted, strict=True):
+            torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-6)

@@ -6,56 +6,111 @@ Once masks and teacher are fixed every step launches the same ones on the same m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from transformers import masking_utils
 
-Passes = Callable[[Tensor], tuple[Tensor, ...]]
+from nuteprune.errors import reason
+
+Forward = Callable[[Tensor], tuple[Tensor, ...]]  # token ids [batch, tokens] to scalars: the loss, with gradients, and others
 
 WARM_UP = 2  # runs before the recording, in which libraries choose their kernels and take their memory
+_PACKED = "find_packed_sequence_indices"
 
 
 class GraphedPasses:
     """Recorded passes.
 
     Args:
-        passes: takes token ids [batch, tokens], leaves gradients in the parameters, and returns scalars without gradients.
-            Nothing in it may wait for the device, and what it reads beside the token ids has to stay where it is.
-        batch: token ids of the shape that all batches have, on a GPU.
+        forward: the forward pass. Nothing in it may wait for the device, and what it reads beside the token ids has to stay
+            where it is.
+        batch: token ids of the shape that all batches have, int64 [batch, tokens], on a GPU.
         parameters: those that get gradients.
 
     Raises:
         RuntimeError: something in the passes cannot be recorded.
     """
 
-    def __init__(self, passes: Passes, batch: Tensor, parameters: Sequence[nn.Parameter]) -> None:
+    def __init__(self, forward: Forward, batch: Tensor, parameters: Iterable[nn.Parameter]) -> None:
         self._batch, self._parameters = batch.clone(), list(parameters)
+
+        def passes() -> tuple[Tensor, ...]:
+            for parameter in self._parameters:  # so that those of the recording lie in its own memory
+                parameter.grad = None
+            loss, *others = forward(self._batch)
+            loss.backward()
+            return loss.detach(), *others
+
+        here = torch.cuda.current_stream(batch.device)
         side = torch.cuda.Stream(batch.device)
-        side.wait_stream(torch.cuda.current_stream(batch.device))
+        side.wait_stream(here)
         with torch.cuda.stream(side):
             for _ in range(WARM_UP):
-                self._forget_gradients()
-                passes(self._batch)
-        torch.cuda.current_stream(batch.device).wait_stream(side)
-        self._forget_gradients()  # so that those of the recording lie in its own memory
+                passes()
+        here.wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._scalars = passes(self._batch)
+        with _unpacked(), torch.cuda.graph(self._graph):
+            self._scalars = passes()
         self._gradients = [parameter.grad for parameter in self._parameters]
 
-    def _forget_gradients(self) -> None:
-        for parameter in self._parameters:
-            parameter.grad = None
-
     def __call__(self, batch: Tensor) -> tuple[Tensor, ...]:
-        """Runs the passes on a batch; the scalars and gradients are overwritten by the next call.
+        """Runs the passes on a batch and leaves gradients in the parameters.
 
         Args:
-            batch: token ids [batch, tokens], int64, on any device.
+            batch: token ids, int64 [batch, tokens], on any device.
+
+        Returns:
+            What the forward pass returns, without gradients; the next call overwrites it, and the gradients.
         """
         self._batch.copy_(batch)
         self._graph.replay()
         for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
             parameter.grad = gradient
         return self._scalars
+
+
+class Recorder:
+    """Records passes when they are first asked for, and does without where that fails.
+
+    Args:
+        possible: whether to record at all.
+        parameters: those that get gradients, by name.
+        warn: called with why it failed.
+    """
+
+    def __init__(self, possible: bool, parameters: Mapping[str, nn.Parameter], warn: Callable[[str], None]) -> None:
+        self._possible, self._parameters, self._warn = possible, parameters, warn
+        self._recorded: GraphedPasses | None = None
+
+    def of(self, forward: Forward, batch: Tensor) -> GraphedPasses | None:
+        """The recorded passes of a forward pass, which is the same one until `forget`; None where it cannot be recorded."""
+        if self._possible and self._recorded is None:
+            try:
+                self._recorded = GraphedPasses(forward, batch, self._parameters.values())
+            except RuntimeError as error:
+                self._possible = False
+                for parameter in self._parameters.values():
+                    parameter.grad = None
+                self._warn(f"steps run without a CUDA graph, which is slower but the same: {reason(error)}")
+        return self._recorded
+
+    def forget(self) -> None:
+        """Lets go of the passes and their memory: weights or masks are about to change place."""
+        self._recorded = None
+
+
+@contextmanager
+def _unpacked() -> Iterator[None]:
+    """Transformers looks whether a batch packs several sequences, and waits for the answer; ours have one a row."""
+    real = getattr(masking_utils, _PACKED, None)
+    if real is None:
+        yield
+        return
+    setattr(masking_utils, _PACKED, lambda position_ids: None)
+    try:
+        yield
+    finally:
+        setattr(masking_utils, _PACKED, real)

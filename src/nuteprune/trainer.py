@@ -23,16 +23,15 @@ from transformers import PreTrainedModel
 
 from nuteprune.arch import Arch
 from nuteprune.arrangement import Arrangement
-from nuteprune.balance import favoured, measured_bias
 from nuteprune.config import PruneConfig
 from nuteprune.control import Controller, LagrangianControl, ProjectionControl, schedule
 from nuteprune.data import Blocks
-from nuteprune.errors import TrainingError, reason
+from nuteprune.errors import TrainingError
 from nuteprune.files import save_tensors
 from nuteprune.gate_optimizer import gate_optimizer
+from nuteprune.gate_start import start_gates
 from nuteprune.gates import Deterministic, Gate, GateSet, HardConcrete
-from nuteprune.graphed import GraphedPasses
-from nuteprune.importance import unit_scores
+from nuteprune.graphed import Recorder
 from nuteprune.learning_rate import lr_factor
 from nuteprune.losses import HiddenLoss, head_loss
 from nuteprune.masking import MaskedModel
@@ -48,8 +47,7 @@ from nuteprune.state import TrainState, load_checkpoint, write_checkpoint
 from nuteprune.teachers import INTACT, REPAIRED, Snapshot, TeacherBank, TeacherPolicy, teacher_name
 
 REACHED = 0.005  # the original's sparsity_epsilon: how near counts as at the target
-OUTLIER = 5.0  # standard deviations of importance above which gates start alike
-IMPORTANCE, BALANCE, FIRST_CHECKPOINT = "importance of units", "balance of heads and channels", "first checkpoint"  # shown
+FIRST_CHECKPOINT = "first checkpoint"  # shown
 FORCED = 0.02  # sparsity still missing when masks freeze that deserves a warning
 
 Metrics = dict[str, Any]
@@ -122,8 +120,7 @@ class Trainer:
         self.bank = TeacherBank(folder / "teachers")
         self.teacher: tuple[int, Role] | None = None  # the record that teaches now, ready to be played
         self.masks: Masks | None = None  # discrete masks, once frozen
-        self.graphs = self.masked.device.type == "cuda"  # whether steps may be recorded
-        self.recorded: GraphedPasses | None = None
+        self.recorder = Recorder(self.recordable, self.masked.lora, warn)
         self.state = TrainState()
         self.part: Callable[[str], AbstractContextManager[Any]] = record_function  # names the parts of a step for profilers
 
@@ -138,37 +135,12 @@ class Trainer:
             )
         if self.config.gate_init != "open":
             if self.processes.sharded:  # a forward pass needs all of them
-                self.start_gates()
+                start_gates(self)
             else:
-                self.processes.on_main(self.start_gates)
+                self.processes.on_main(lambda: start_gates(self))
             self.processes.spread(self.gates.parameters())
         with self.counter(FIRST_CHECKPOINT):
             self.save()
-
-    def start_gates(self) -> None:
-        """Gives the gates their start by importance."""
-        config, text = self.config, self.blocks.sample(self.config.calibration)
-        kept: Unit | None = None
-        for number in range(1, config.passes + 1):  # each on what the one before it left
-            sparsity = config.sparsity * number / config.passes
-            with self.counter(IMPORTANCE) as progress:
-                scores = unit_scores(config.gate_init, self.masked, self.gates, text, progress, kept)
-            if config.balanced:
-                self.state.head_bias = self.head_bias(scores, sparsity)
-                scores = favoured(scores, self.state.head_bias)
-            if not config.one_shot:  # an outlier, as flap has, would start beyond what training can move
-                scores = {kind: score.clamp(max=OUTLIER) for kind, score in scores.items()}
-            self.gates.start_from(scores)
-            if number < config.passes:
-                kept = self.gates.units(self.hard_masks(scores, sparsity))
-
-    def head_bias(self, scores: Unit, sparsity: float) -> float:
-        """How much heads and whole blocks are favoured in a cut to a sparsity: as asked, or measured."""
-        if self.config.head_bias is not None:
-            return self.config.head_bias
-        text = self.blocks.sample(self.config.balance_sequences)
-        with self.counter(BALANCE) as progress:
-            return measured_bias(self.masked, scores, lambda tried: self.hard_masks(tried, sparsity), text, progress)
 
     def run(self, log: Log, stop: Callable[[], bool] = lambda: False) -> bool:
         """Trains to the end.
@@ -209,7 +181,9 @@ class Trainer:
 
         records = len(self.bank) if self.state.reached is None else self.state.walk_from
         record = self.policy.record(step, records, self.state.reached)
-        loss, *others = graphed(batch) if (graphed := self.graphed(record, batch)) else self.forward(record, batch, target)
+        final = self.masks is not None and record in (None, INTACT)  # masks and teacher stay as they are
+        recorded = self.recorder.of(lambda batch: self.forward(record, batch, target), batch) if final else None
+        loss, *others = self.forward(record, batch, target) if recorded is None else recorded(batch)
         told = self.processes.averages([float(loss.detach()), *(float(other) for other in others)])
         gradient_norm = self.update(loss, told[0], step)
 
@@ -282,25 +256,11 @@ class Trainer:
         hidden_loss = torch.full_like(head.lm, math.nan) if hidden is None else hidden.total.detach()
         return loss, head.kl, head.lm, hidden_loss, expected.detach()
 
-    def graphed(self, record: int | None, batch: Tensor) -> GraphedPasses | None:
-        """The passes of a step recorded for the GPU, where masks and teacher stay as they are from here on; else None."""
-        config, last = self.config, record in (None, INTACT) and self.masks is not None
-        if not (self.graphs and last and self.fast) or self.masked.rigid or config.compile or config.gradient_checkpointing:
-            return None
-        if self.recorded is None:
-
-            def passes(batch: Tensor) -> tuple[Tensor, ...]:
-                loss, *others = self.forward(record, batch, config.sparsity)
-                loss.backward()
-                return loss.detach(), *others
-
-            try:
-                self.recorded = GraphedPasses(passes, batch, list(self.masked.lora.values()))
-            except RuntimeError as error:
-                self.graphs = False
-                self.lora_optimizer.zero_grad()
-                self.warn(f"steps run without a CUDA graph, which is slower but the same: {reason(error)}")
-        return self.recorded
+    @property
+    def recordable(self) -> bool:
+        """Whether the passes of a step can become a CUDA graph."""
+        apart = self.masked.rigid or self.config.compile or self.config.gradient_checkpointing  # these wait for the device
+        return self.masked.device.type == "cuda" and self.fast and not apart
 
     def teach(self, record: int, batch: Tensor, states: list[Tensor] | None) -> Tensor:
         """The teacher's forward pass, without gradients; its hidden states after each layer but the last go to `states`."""
@@ -480,7 +440,7 @@ class Trainer:
 
     def freeze_at(self, masks: Masks) -> None:
         """Fixes the masks; the student, and where they can its teachers, run at the width that is left."""
-        self.recorded = None
+        self.recorder.forget()
         self.masks = masks.to(self.masked.device)
         self.frozen_sparsity = torch.tensor(self.size.sparsity(masks))
         self.gates.requires_grad_(False)
@@ -506,7 +466,7 @@ class Trainer:
 
     def restore(self) -> None:
         """Gives the model its intact weights back, and LoRA its whole shape, for compaction."""
-        self.recorded = None
+        self.recorder.forget()
         widths = self.masked.widths
         self.each_lora_weight(lambda name, tensor: self.masked.spread_lora(name, tensor, widths))
         self.masked.restore()

@@ -23,13 +23,14 @@ from nuteprune.config import PruneConfig
 from nuteprune.data import Blocks
 from nuteprune.estimation.timetable import Point, rehearsal_steps, timetable
 from nuteprune.files import save_tensors, save_text
+from nuteprune.gate_start import BALANCE, IMPORTANCE
 from nuteprune.job import BLOCKS, HELD_OUT, resume
 from nuteprune.models import Source, describe, pick_device
 from nuteprune.progress import Counter as LiveCounter
 from nuteprune.progress import Reporter
 from nuteprune.repair import STAGE as REPAIR
 from nuteprune.report.facts import CONFIG, RESULT
-from nuteprune.trainer import BALANCE, FIRST_CHECKPOINT, IMPORTANCE
+from nuteprune.trainer import FIRST_CHECKPOINT
 
 BATCHES = 2  # of importance
 REPAIR_BATCHES = 4
