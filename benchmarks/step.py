@@ -33,6 +33,7 @@ from nuteprune.trainer import Trainer
 
 PARTS = (
     "teacher swap", "teacher forward", "gates and control", "student forward", "heads and losses", "backward", "optimisers",
+    "recorded passes",
 )  # fmt: skip
 
 

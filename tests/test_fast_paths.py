@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -266,26 +266,57 @@ def test_masks_from_elsewhere_come_to_the_arrangement() -> None:
 
 
 class _Played:
-    """What a CUDA graph does, on a CPU: it knows one place for token ids, one for each gradient, one for the scalars."""
+    """What a CUDA graph does, on a CPU: it knows one place for everything that it reads and writes."""
 
     made = played = 0
+    trainer: Trainer  # whose tensors have to stay where they are
 
-    def __init__(self, forward: graphed.Forward, batch: Tensor, parameters: list[nn.Parameter]) -> None:
+    def __init__(self, forward: graphed.Forward, batch: Tensor, parameters: Iterable[nn.Parameter]) -> None:
         type(self).made += 1
         self.forward, self.batch, self.parameters = forward, batch.clone(), list(parameters)
-        self.places = [p.data_ptr() for p in self.parameters]
         self.gradients = [torch.zeros_like(p) for p in self.parameters]
+        self.scalars = tuple(t.detach().clone() for t in forward(self.batch))  # the warm-up
+        self.places = self.read()
+
+    def read(self) -> list[int]:
+        """Where what the passes read lies: LoRA weights, masks, frozen weights at the student's widths, the teacher's."""
+        masked, teacher = self.trainer.masked, self.trainer.teacher
+        roles = [masked._role, *([] if teacher is None else [teacher[1]])]
+        tensors = [*self.parameters, *masked.model.parameters(), *(t for role in roles for t in role.scales.values())]
+        return [t.data_ptr() for t in tensors]
 
     def __call__(self, batch: Tensor) -> tuple[Tensor, ...]:
         type(self).played += 1
-        assert [p.data_ptr() for p in self.parameters] == self.places  # or a graph would train what is no longer there
+        assert self.read() == self.places
         self.batch.copy_(batch)
-        loss, *others = self.forward(self.batch)
-        for gradient, fresh in zip(self.gradients, torch.autograd.grad(loss, self.parameters), strict=True):
+        found = self.forward(self.batch)
+        for gradient, fresh in zip(self.gradients, torch.autograd.grad(found[0], self.parameters), strict=True):
             gradient.copy_(fresh)
         for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
             parameter.grad = gradient
-        return loss.detach(), *others
+        for scalar, now in zip(self.scalars, found, strict=True):
+            scalar.copy_(now.detach())
+        return self.scalars
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> type[_Played]:
+    """Trainers made from here on record their last steps."""
+
+    class Played(_Played):
+        pass
+
+    real = Trainer.start
+
+    def start(trainer: Trainer) -> None:
+        Played.trainer = trainer
+        real(trainer)
+
+    monkeypatch.setattr(Trainer, "start", start)
+    monkeypatch.setattr(graphed, "GraphedPasses", Played)
+    monkeypatch.setattr(Trainer, "recordable", True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    return Played
 
 
 @pytest.mark.parametrize(
@@ -299,17 +330,14 @@ class _Played:
     ],
     ids=["default", "no-teacher", "hidden-loss", "walk-back", "one-shot"],
 )
-def test_recorded_steps_are_the_last_ones_and_change_nothing(
-    small_run: PruneConfig, changes: dict[str, Any], recorded: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_recorded_steps_are_the_last_ones_and_train_the_same(
+    small_run: PruneConfig, changes: dict[str, Any], recorded: int, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     config = small_run.replace(**changes)
     plain, one = _trajectory(config, tmp_path / "a", fast=True)
-    monkeypatch.setattr(_Played, "made", 0)
-    monkeypatch.setattr(_Played, "played", 0)
-    monkeypatch.setattr(graphed, "GraphedPasses", _Played)
-    monkeypatch.setattr(Trainer, "recordable", True)
+    graphs = request.getfixturevalue("graphs")
     found, two = _trajectory(config, tmp_path / "b", fast=True)
-    assert (_Played.made, _Played.played) == (1, recorded)
+    assert (graphs.made, graphs.played) == (1, recorded)
     for a, b in zip(plain, found, strict=True):
         for key in ("loss", "kl", "lm_loss", "hidden_loss", "gradient_norm", "teacher"):
             assert b[key] == a[key] or a[key] != a[key] != b[key] != b[key], (key, a["step"])
@@ -317,12 +345,38 @@ def test_recorded_steps_are_the_last_ones_and_change_nothing(
         assert torch.equal(two.masked.lora[name], tensor), name
 
 
+def test_a_recorded_step_that_is_left_out_and_a_resumed_run(
+    small_run: PruneConfig, graphs: type[_Played], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small_run.replace(walk_back=False)
+    infinite = {19}
+    real = Trainer.update
+
+    def update(trainer: Trainer, loss: Tensor | None, average: float, step: int) -> float:
+        return real(trainer, loss, float("inf") if step in infinite else average, step)
+
+    monkeypatch.setattr(Trainer, "update", update)
+    metrics, straight = _trajectory(config, tmp_path / "a", fast=True)
+    assert [m["step"] for m in metrics if m["gradient_norm"] != m["gradient_norm"]] == [19]
+    (tmp_path / "b").mkdir()
+    first = _trainer(config, tmp_path / "b", fast=True)
+    first.start()
+    assert not first.run(lambda line: None, lambda: first.state.step == 21)
+    graphs.trainer = again = _trainer(config, tmp_path / "b", fast=True)
+    again.load()
+    assert again.state.step == 21
+    assert again.run(lambda line: None)
+    assert graphs.made == 3
+    for name, tensor in straight.masked.lora.items():
+        assert torch.equal(again.masked.lora[name], tensor), name
+
+
 def test_what_cannot_be_recorded_is_told_once_and_runs_as_before(
     small_run: PruneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain, one = _trajectory(small_run, tmp_path / "a", fast=True)
 
-    def refuse(forward: graphed.Forward, batch: Tensor, parameters: list[nn.Parameter]) -> None:
+    def refuse(forward: graphed.Forward, batch: Tensor, parameters: Iterable[nn.Parameter]) -> None:
         forward(batch)[0].backward()  # a recording that breaks leaves gradients behind
         raise RuntimeError("operation not permitted when stream is capturing")
 
@@ -347,6 +401,10 @@ def test_steps_are_recorded_on_a_gpu_alone(
     assert not trainer.recordable
     monkeypatch.setattr(MaskedModel, "device", torch.device("cuda"))
     assert trainer.recordable is possible
+    trainer.fast = False
+    assert not trainer.recordable
+    trainer.fast, trainer.masked.rigid = True, True  # codes of fewer bits, or weights parted among processes
+    assert not trainer.recordable
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -370,3 +428,20 @@ def test_a_graph_gives_the_gradients_of_the_passes_that_it_recorded(
         torch.testing.assert_close(replayed, loss.detach())
         for parameter, gradient in zip(trainer.masked.lora.values(), wanted, strict=True):
             torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_passes_that_wait_for_the_device_are_refused_and_harm_nothing() -> None:
+    weight = nn.Parameter(torch.ones(4, device="cuda"))
+    stream, told = torch.cuda.current_stream(), []
+
+    def waits(ids: Tensor) -> tuple[Tensor, ...]:
+        return ((weight * float(ids.sum())).sum(),)
+
+    recorder = graphed.Recorder(True, {"weight": weight}, told.append)
+    assert recorder.of(waits, torch.ones(2, 3, dtype=torch.long, device="cuda")) is None
+    assert len(told) == 1
+    assert weight.grad is None
+    assert torch.cuda.current_stream() == stream
+    torch.cuda.empty_cache()
+    assert graphed.GraphedPasses(lambda ids: ((weight * ids.sum()).sum(),), torch.ones(2, 3, device="cuda"), [weight])

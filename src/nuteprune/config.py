@@ -208,7 +208,7 @@ class PruneConfig:
         "own",
         "What Adam divides a gate's gradient by: its own size (own), which moves all gates alike, or the mean of its kind "
         "(shared), which moves those further that matter more.",
-        "shared is 2 % better in runs of 100 steps and 0.6 % worse in runs of 293 (docs/results.md)",
+        "shared is 2 % better in runs of 100 steps and even in runs of 293 (docs/results.md)",
         "Gates",
         ("shared", "own"),
     )

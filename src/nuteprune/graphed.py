@@ -17,12 +17,11 @@ from nuteprune.errors import reason
 
 Forward = Callable[[Tensor], tuple[Tensor, ...]]  # token ids [batch, tokens] to scalars: the loss, with gradients, and others
 
-WARM_UP = 2  # runs before the recording, in which libraries choose their kernels and take their memory
 _PACKED = "find_packed_sequence_indices"
 
 
 class GraphedPasses:
-    """Recorded passes.
+    """Recorded passes. They run twice before the recording, so that libraries choose their kernels and take their memory.
 
     Args:
         forward: the forward pass. Nothing in it may wait for the device, and what it reads beside the token ids has to stay
@@ -44,16 +43,17 @@ class GraphedPasses:
             loss.backward()
             return loss.detach(), *others
 
-        here = torch.cuda.current_stream(batch.device)
-        side = torch.cuda.Stream(batch.device)
-        side.wait_stream(here)
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UP):
+        with torch.cuda.device(batch.device), _unpacked():
+            here, side = torch.cuda.current_stream(), torch.cuda.Stream()
+            side.wait_stream(here)
+            with torch.cuda.stream(side):
                 passes()
-        here.wait_stream(side)
-        self._graph = torch.cuda.CUDAGraph()
-        with _unpacked(), torch.cuda.graph(self._graph):
-            self._scalars = passes()
+                with _waiting_refused():  # found here it harms nothing; a recording that breaks off can
+                    passes()
+            here.wait_stream(side)
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.stream(here), torch.cuda.graph(self._graph, stream=side):  # back to `here` also after an error
+                self._scalars = passes()
         self._gradients = [parameter.grad for parameter in self._parameters]
 
     def __call__(self, batch: Tensor) -> tuple[Tensor, ...]:
@@ -98,17 +98,32 @@ class Recorder:
         return self._recorded
 
     def forget(self) -> None:
-        """Lets go of the passes and their memory: weights or masks are about to change place."""
-        self._recorded = None
+        """Lets go of the passes and their memory: the steps are over, or weights and masks are about to change place."""
+        if self._recorded is not None:
+            self._recorded = None
+            torch.cuda.empty_cache()
+
+
+@contextmanager
+def _waiting_refused() -> Iterator[None]:
+    """Inside the block, what waits for the device is a RuntimeError that names it."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 @contextmanager
 def _unpacked() -> Iterator[None]:
-    """Transformers looks whether a batch packs several sequences, and waits for the answer; ours have one a row."""
-    real = getattr(masking_utils, _PACKED, None)
-    if real is None:
-        yield
-        return
+    """Tells transformers that rows are not packed of several sequences; else it waits to see, or masks as if they were.
+
+    Raises:
+        RuntimeError: this version of transformers looks in some other way.
+    """
+    if (real := getattr(masking_utils, _PACKED, None)) is None:
+        raise RuntimeError(f"transformers has no {_PACKED}, which would have to be told that sequences are not packed")
     setattr(masking_utils, _PACKED, lambda position_ids: None)
     try:
         yield

@@ -155,14 +155,17 @@ class Trainer:
         Raises:
             TrainingError: loss, gradients or weights are no longer finite; the last good checkpoint is kept.
         """
-        while self.state.step < self.total:
-            if self.processes.any(stop()):
-                self.save()
-                return False
-            line = self.step()
-            self.processes.on_main(lambda: log(line))  # noqa: B023  # done before the next one
-            if self.state.step % self.config.checkpoint_every == 0 and self.state.step < self.total:
-                self.save()
+        try:
+            while self.state.step < self.total:
+                if self.processes.any(stop()):
+                    self.save()
+                    return False
+                line = self.step()
+                self.processes.on_main(lambda: log(line))  # noqa: B023  # done before the next one
+                if self.state.step % self.config.checkpoint_every == 0 and self.state.step < self.total:
+                    self.save()
+        finally:
+            self.recorder.forget()
         if self.masks is None:
             self.freeze()
         self.save()
@@ -183,9 +186,10 @@ class Trainer:
         record = self.policy.record(step, records, self.state.reached)
         final = self.masks is not None and record in (None, INTACT)  # masks and teacher stay as they are
         recorded = self.recorder.of(lambda batch: self.forward(record, batch, target), batch) if final else None
-        loss, *others = self.forward(record, batch, target) if recorded is None else recorded(batch)
+        with nullcontext() if recorded is None else self.part("recorded passes"):
+            loss, *others = self.forward(record, batch, target) if recorded is None else recorded(batch)
         told = self.processes.averages([float(loss.detach()), *(float(other) for other in others)])
-        gradient_norm = self.update(loss, told[0], step)
+        gradient_norm = self.update(loss if recorded is None else None, told[0], step)
 
         tokens, seconds = whole.numel(), time.perf_counter() - began
         self.state.tokens += tokens
@@ -294,11 +298,11 @@ class Trainer:
         self.masked.set_masks(masks)
         return masks, expected
 
-    def update(self, loss: Tensor, average: float, step: int) -> float:
+    def update(self, loss: Tensor | None, average: float, step: int) -> float:
         """Backward pass and optimisers.
 
         Args:
-            loss: with gradients, of this process's part of the batch.
+            loss: with gradients, of this process's part of the batch; None if recorded passes have left theirs already.
             average: the loss over all processes.
             step: number of the step.
 
@@ -311,7 +315,7 @@ class Trainer:
         if not math.isfinite(average):
             return self.skip("loss", step)
         with self.part("backward"):
-            if loss.requires_grad:  # a graph has done it
+            if loss is not None:
                 loss.backward()
             trained = (*self.masked.lora.values(), *self.gates.parameters(), *self.control.parameters())
             self.processes.average(p.grad for p in trained if p.grad is not None)
@@ -466,7 +470,6 @@ class Trainer:
 
     def restore(self) -> None:
         """Gives the model its intact weights back, and LoRA its whole shape, for compaction."""
-        self.recorder.forget()
         widths = self.masked.widths
         self.each_lora_weight(lambda name, tensor: self.masked.spread_lora(name, tensor, widths))
         self.masked.restore()
