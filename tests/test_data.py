@@ -118,6 +118,26 @@ def test_blocks_are_a_function_of_the_seed(tmp_path: Path) -> None:
     assert not torch.equal(one.read(every[: one.count]), three.read(every[: three.count]))
 
 
+def test_a_file_gives_the_same_blocks_in_any_folder(tmp_path: Path) -> None:
+    lines = "".join(json.dumps({"text": text(40, seed=number)}) + "\n" for number in range(30))
+    found = []
+    for folder in ("here", "there"):
+        (tmp_path / folder).mkdir()
+        (source := tmp_path / folder / "a.jsonl").write_text(lines, encoding="utf-8")
+        made = build_blocks(
+            tmp_path / folder / "b.safetensors",
+            (str(source),),
+            make_tokenizer(),
+            seq_len=8,
+            blocks=20,
+            held_out=2,
+            least=2,
+            seed=3,
+        )
+        found.append(made.read(list(range(made.count))))
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("opens", ["<s>", "<s> <unk>"])
 def test_blocks_open_as_the_tokenizer_opens_a_text(tmp_path: Path, opens: str) -> None:
     source = tmp_path / "a.jsonl"

@@ -336,9 +336,8 @@ def build_blocks(
             assert sample is not None
             documents = sample(wanted)
         else:
-            documents = _tokenised(
-                _shuffled(read_documents(source, text_key, writer(tokenizer)), f"{seed}-{source}", wanted), tokenizer
-            )
+            shuffle = f"{seed}-{Path(source).name}"  # so that a file gives the same blocks in any folder
+            documents = _tokenised(_shuffled(read_documents(source, text_key, writer(tokenizer)), shuffle, wanted), tokenizer)
         for document in documents:
             ids += document
             if len(ids) >= wanted:
