@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import importlib
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +14,8 @@ from typing import Any
 
 import pytest
 import yaml
+
+from nuteprune.errors import TrainingError
 
 FOLDER = Path(__file__).parent.parent / "benchmarks/quality"
 
@@ -48,13 +52,14 @@ def listed(tmp_path: Path, model_folder: Path, **run: Any) -> Path:
     return path
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("how", [["--in-process"], pytest.param([], marks=pytest.mark.slow)], ids=["here", "started"])
 def test_a_list_is_run_once_and_becomes_a_table(
-    modules: dict[str, ModuleType], tmp_path: Path, model_folder: Path, text_file: Path, monkeypatch: Any, capsys: Any
-) -> None:
+    modules: dict[str, ModuleType], how: list[str], tmp_path: Path, model_folder: Path, text_file: Path, monkeypatch: Any,
+    capsys: Any,
+) -> None:  # fmt: skip
     arguments = [
         "run.py", "--data", str(text_file.parent), "--work", str(tmp_path / "work"),
-        "--list", str(listed(tmp_path, model_folder)),
+        "--list", str(listed(tmp_path, model_folder)), *how,
     ]  # fmt: skip
     monkeypatch.setattr("sys.argv", arguments)
     modules["run"].main()
@@ -98,6 +103,37 @@ def test_runs_of_other_options_are_not_gone_on_with(
     with modules["run"].claimed(work / "g_wanda-s0.lock") as first, modules["run"].claimed(work / "g_wanda-s0.lock") as second:
         assert first is not None
         assert second is None
+
+
+@pytest.mark.parametrize("ended", ["failed", "stopped"])
+def test_a_command_that_fails_or_is_stopped_leaves_no_result(
+    modules: dict[str, ModuleType], ended: str, tmp_path: Path, model_folder: Path, text_file: Path, monkeypatch: Any
+) -> None:
+    import nuteprune.trainer
+
+    real, calls = nuteprune.trainer.Trainer.step, []
+
+    def step(trainer: Any) -> Any:
+        calls.append(trainer.state.step)
+        if len(calls) > 1:
+            return real(trainer)
+        if ended == "failed":
+            raise TrainingError("no")
+        os.kill(os.getpid(), signal.SIGINT)
+        return real(trainer)
+
+    monkeypatch.setattr(nuteprune.trainer.Trainer, "step", step)
+    arguments = [
+        "run.py", "--data", str(text_file.parent), "--work", str(tmp_path / "work"), "--in-process", "--only", "g/wanda*",
+        "--list", str(listed(tmp_path, model_folder)),
+    ]  # fmt: skip
+    monkeypatch.setattr("sys.argv", arguments)
+    with pytest.raises(SystemExit if ended == "failed" else KeyboardInterrupt):
+        modules["run"].main()
+    assert not (tmp_path / "results/g/wanda-s0/result.json").exists()
+    modules["run"].main()  # goes on from its checkpoint
+    assert calls == ([0, 0, 1] if ended == "failed" else [0, 1])
+    assert (tmp_path / "results/g/wanda-s0/result.json").exists()
 
 
 def test_rows_that_choose_are_not_those_that_are_reported(modules: dict[str, ModuleType], tmp_path: Path) -> None:
