@@ -240,7 +240,7 @@ def test_a_measured_balance_is_that_of_the_run(small_run: PruneConfig, tmp_path:
         found.append(measured_bias(*args))
         return found[-1]
 
-    monkeypatch.setattr("nuteprune.trainer.measured_bias", noted)
+    monkeypatch.setattr("nuteprune.gate_start.measured_bias", noted)
     options = {"prune": ("heads", "intermediate"), "sparsity": 0.3}
     measured = prune(one_shot(small_run, "taylor", tmp_path / "a", **options), Quiet())
     (bias,) = found

@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import GenerationMixin
 
-from nuteprune import job, trainer
+from nuteprune import gate_start, job, trainer
 from nuteprune.checkpoint import checkpoints
 from nuteprune.config import PruneConfig
 from nuteprune.data import Blocks
@@ -343,18 +344,18 @@ def test_what_is_measured_before_training_reads_every_source(
     other.write_text(text_file.read_text(encoding="utf-8").replace("e", "o"), encoding="utf-8")
     read: dict[str, torch.Tensor] = {}
 
-    def spy(name: str, place: int) -> None:
-        real = getattr(trainer, name)
+    def spy(module: ModuleType, name: str, place: int) -> None:
+        real = getattr(module, name)
 
         def seen(*args: Any) -> Any:
             read[name] = args[place]
             return real(*args)
 
-        monkeypatch.setattr(trainer, name, seen)
+        monkeypatch.setattr(module, name, seen)
 
-    spy("unit_scores", 3)
-    spy("measured_bias", 3)
-    spy("repair", 2)
+    spy(gate_start, "unit_scores", 3)
+    spy(gate_start, "measured_bias", 3)
+    spy(trainer, "repair", 2)
     _run(small_run.replace(data=(str(text_file), str(other)), prune=("heads", "intermediate"), repair=True))
     blocks = Blocks.open(Path(small_run.out) / job.BLOCKS)
     rows = blocks.read(list(range(blocks.count)))
