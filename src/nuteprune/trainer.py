@@ -186,8 +186,11 @@ class Trainer:
         record = self.policy.record(step, records, self.state.reached)
         final = self.masks is not None and record in (None, INTACT)  # masks and teacher stay as they are
         recorded = self.recorder.of(lambda batch: self.forward(record, batch, target), batch) if final else None
-        with nullcontext() if recorded is None else self.part("recorded passes"):
-            loss, *others = self.forward(record, batch, target) if recorded is None else recorded(batch)
+        if recorded is None:
+            loss, *others = self.forward(record, batch, target)
+        else:
+            with self.part("recorded passes"):
+                loss, *others = recorded(batch)
         told = self.processes.averages([float(loss.detach()), *(float(other) for other in others)])
         gradient_norm = self.update(loss if recorded is None else None, told[0], step)
 
