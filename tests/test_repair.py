@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 from test_trainer import Quiet
 from transformers import AutoModelForCausalLM
 
-from nuteprune import ExportOptions, PruneConfig, export_run, load_adapter, prune, resume
+from nuteprune import ExportOptions, PruneConfig, export_run, load_adapter, prune, recovery_start, resume
 from nuteprune.arch import Arch
 from nuteprune.checkpoint import checkpoints
 from nuteprune.errors import TrainingError
@@ -25,6 +26,7 @@ from nuteprune.progress import read_metrics
 from nuteprune.repair import repair
 from nuteprune.roles import LoraOptions
 from nuteprune.size import BlockSize
+from nuteprune.trainer import Trainer
 
 IDS = torch.randint(2, 96, (12, 16), generator=torch.Generator().manual_seed(1))
 LONG = torch.randint(2, 96, (64, 16), generator=torch.Generator().manual_seed(3))
@@ -173,14 +175,21 @@ def test_precisions(dtype: torch.dtype) -> None:
 
 
 @pytest.fixture
-def repaired_run(small_run: PruneConfig) -> PruneConfig:
+def helpful(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Repair is better than none, which no tiny model of random weights can promise."""
+    losses = itertools.cycle([2.0, 1.0])
+    monkeypatch.setattr(recovery_start, "loss_ahead", lambda trainer, masks: next(losses))
+
+
+@pytest.fixture
+def repaired_run(small_run: PruneConfig, helpful: None) -> PruneConfig:
     return small_run.replace(repair=True, repair_batches=3, prune=WIDTHS)
 
 
 def test_recovery_starts_from_the_repair(repaired_run: PruneConfig, small_run: PruneConfig, tmp_path: Path) -> None:
     reporter = Quiet()
     one = prune(repaired_run, reporter)
-    other = prune(small_run.replace(prune=WIDTHS, out=str(tmp_path / "plain")), Quiet())
+    other = prune(small_run.replace(repair=False, prune=WIDTHS, out=str(tmp_path / "plain")), Quiet())
     first, second = (read_metrics(r.run / "metrics.jsonl") for r in (one, other))
     frozen = repaired_run.freeze_step
     assert [m["loss"] for m in first[:frozen]] == [m["loss"] for m in second[:frozen]]
@@ -198,6 +207,59 @@ def test_a_repaired_run_resumes_to_the_same_weights(repaired_run: PruneConfig, t
     finished = resume(first.run, Quiet())
     one, two = (load_file(r.model / "model.safetensors") for r in (straight, finished))
     assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_it_is_solved_without_lora_which_comes_back(repaired_run: PruneConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, seen = recovery_start.repair, []
+
+    def watched(masked: MaskedModel, *args: Any) -> dict[str, torch.Tensor]:
+        seen.append({name: p.detach().clone() for name, p in masked.lora.items()})
+        return real(masked, *args)
+
+    monkeypatch.setattr(recovery_start, "repair", watched)
+    after: list[dict[str, torch.Tensor]] = []
+    freeze_at = Trainer.freeze_at
+
+    def noted(own: Trainer, masks: Masks) -> None:
+        after.append(own.masked.lora_copy())
+        freeze_at(own, masks)
+
+    monkeypatch.setattr(Trainer, "freeze_at", noted)
+    prune(repaired_run, Quiet())
+    assert len(seen) == len(after) == 1
+    for name, solved_with in seen[0].items():
+        assert after[0][name].any()  # it had been trained
+        assert torch.equal(solved_with, torch.zeros_like(solved_with) if ".lora_B." in name else after[0][name])
+
+
+@pytest.mark.parametrize("helps", [True, False])
+def test_the_better_student_goes_on(
+    small_run: PruneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, helps: bool
+) -> None:
+    """Its loss is that of the step that comes next; the one that is not better leaves no trace."""
+    monkeypatch.setattr(recovery_start, "COMPARED", 1)
+    losses: list[float] = []
+    real = recovery_start.loss_ahead
+
+    def found(trainer: Trainer, masks: Masks) -> float:
+        losses.append(real(trainer, masks))
+        return (2.0, 1.0 if helps else 2.0)[len(losses) - 1]
+
+    monkeypatch.setattr(recovery_start, "loss_ahead", found)
+    config = small_run.replace(repair=True, repair_batches=3, prune=WIDTHS, walk_back=False)
+    result = prune(config, Quiet(interrupt_after=20))
+    result = resume(result.run, Quiet())
+    assert losses[0] != losses[1]
+    first = read_metrics(result.run / "metrics.jsonl")
+    assert first[config.freeze_step]["loss"] == pytest.approx(losses[1 if helps else 0], rel=1e-5)
+    assert bool(load_file(result.run / "repaired.safetensors")) is helps
+    assert result.figures is not None
+    assert result.figures.recovery_losses == (2.0, 1.0 if helps else 2.0)
+    assert ("solved anew" in (result.model / "README.md").read_text()) is helps
+    if not helps:
+        plain = prune(small_run.replace(repair=False, prune=WIDTHS, walk_back=False, out=str(tmp_path / "plain")), Quiet())
+        one, two = (load_file(r.model / "model.safetensors") for r in (result, plain))
+        assert all(torch.equal(one[key], two[key]) for key in one)
 
 
 def test_its_options_reach_it(repaired_run: PruneConfig, tmp_path: Path) -> None:

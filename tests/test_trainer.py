@@ -19,7 +19,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import GenerationMixin
 
-from nuteprune import gate_start, job, trainer
+from nuteprune import gate_start, job, recovery_start
 from nuteprune.checkpoint import checkpoints
 from nuteprune.config import PruneConfig
 from nuteprune.data import Blocks
@@ -355,7 +355,7 @@ def test_what_is_measured_before_training_reads_every_source(
 
     spy(gate_start, "unit_scores", 3)
     spy(gate_start, "measured_bias", 3)
-    spy(trainer, "repair", 2)
+    spy(recovery_start, "repair", 2)
     _run(small_run.replace(data=(str(text_file), str(other)), prune=("heads", "intermediate"), repair=True))
     blocks = Blocks.open(Path(small_run.out) / job.BLOCKS)
     rows = blocks.read(list(range(blocks.count)))

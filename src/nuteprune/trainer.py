@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.profiler import record_function
 from transformers import PreTrainedModel
@@ -27,24 +26,22 @@ from nuteprune.config import PruneConfig
 from nuteprune.control import Controller, LagrangianControl, ProjectionControl, schedule
 from nuteprune.data import Blocks
 from nuteprune.errors import TrainingError
-from nuteprune.files import save_tensors
 from nuteprune.gate_optimizer import gate_optimizer
 from nuteprune.gate_start import start_gates
 from nuteprune.gates import Deterministic, Gate, GateSet, HardConcrete
 from nuteprune.graphed import Recorder
 from nuteprune.learning_rate import lr_factor
-from nuteprune.losses import HiddenLoss, head_loss
+from nuteprune.losses import HeadLoss, HiddenLoss, head_loss
 from nuteprune.masking import MaskedModel
 from nuteprune.masks import Masks, mask_shapes
 from nuteprune.plan import last_record, make_discretiser
 from nuteprune.processes import Processes
-from nuteprune.repair import STAGE as REPAIR
-from nuteprune.repair import repair
+from nuteprune.recovery_start import start_recovery
 from nuteprune.roles import LoraOptions, Role
 from nuteprune.size import BlockSize, Unit
 from nuteprune.stability import jump
 from nuteprune.state import TrainState, load_checkpoint, write_checkpoint
-from nuteprune.teachers import INTACT, REPAIRED, Snapshot, TeacherBank, TeacherPolicy, teacher_name
+from nuteprune.teachers import INTACT, Snapshot, TeacherBank, TeacherPolicy, teacher_name
 
 REACHED = 0.005  # the original's sparsity_epsilon: how near counts as at the target
 FIRST_CHECKPOINT = "first checkpoint"  # shown
@@ -246,22 +243,27 @@ class Trainer:
         with self.part("student forward"):
             student = self.masked.forward(batch, None if hidden is None else hidden.add)
         with self.part("heads and losses"):
-            head = head_loss(
-                student,
-                taught,
-                batch,
-                self.masked.head.weight,
-                self.masked.head.bias,
-                temperature=config.temperature,
-                kl_weight=config.kl_weight,
-                lm_weight=1.0 if taught is None else config.lm_weight,
-                softcap=self.masked.arch.softcap,
-            )
+            head = self.head_loss(student, taught, batch)
             loss = head.total if hidden is None else head.total + config.hidden_weight * hidden.total
         if self.masks is None:
             loss = loss + self.control.penalty(expected, target)
         hidden_loss = torch.full_like(head.lm, math.nan) if hidden is None else hidden.total.detach()
         return loss, head.kl, head.lm, hidden_loss, expected.detach()
+
+    def head_loss(self, student: Tensor, taught: Tensor | None, batch: Tensor) -> HeadLoss:
+        """KL and cross entropy of hidden states [batch, tokens, hidden] as the head takes them, as the options weigh them."""
+        config, head = self.config, self.masked.head
+        return head_loss(
+            student,
+            taught,
+            batch,
+            head.weight,
+            head.bias,
+            temperature=config.temperature,
+            kl_weight=config.kl_weight,
+            lm_weight=1.0 if taught is None else config.lm_weight,
+            softcap=self.masked.arch.softcap,
+        )
 
     @property
     def recordable(self) -> bool:
@@ -423,7 +425,7 @@ class Trainer:
         return self.discretiser.masks(scores, whole, sparsity)
 
     def freeze(self) -> None:
-        """Makes the masks discrete at exactly the asked sparsity, and repairs; from here on only LoRA trains."""
+        """Makes the masks discrete at exactly the asked sparsity, repairs if that helps; from here on only LoRA trains."""
         masks, reached = self.discrete(self.config.sparsity)
         if self.config.sparsity - reached > FORCED:
             self.warn(
@@ -433,17 +435,8 @@ class Trainer:
         if self.state.reached is None:
             self.mark_reached(self.state.step)
         if self.config.repair:
-            self.processes.on_main(lambda: self.repair(masks))
-            if not self.processes.main:
-                self.masked.repair(load_file(self.folder / REPAIRED))
+            start_recovery(self, masks)
         self.freeze_at(masks)
-
-    def repair(self, masks: Masks) -> None:
-        """Repairs weights under the masks, in the model and in a file."""
-        text = self.blocks.sample(self.config.repair_sequences)
-        with self.counter(REPAIR) as progress:
-            weights = repair(self.masked, masks.to(self.masked.device), text, self.config.repair_damping, progress)
-        save_tensors(self.folder / REPAIRED, weights)
 
     def freeze_at(self, masks: Masks) -> None:
         """Fixes the masks; the student, and where they can its teachers, run at the width that is left."""
