@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -176,9 +175,8 @@ def test_precisions(dtype: torch.dtype) -> None:
 
 @pytest.fixture
 def helpful(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Repair is better than none, which no tiny model of random weights can promise."""
-    losses = itertools.cycle([2.0, 1.0])
-    monkeypatch.setattr(recovery_start, "loss_ahead", lambda trainer, masks: next(losses))
+    """All of a repair is better than less, which no tiny model of random weights can promise."""
+    monkeypatch.setattr(recovery_start, "best_share", lambda trainer, masks, solved: solved)
 
 
 @pytest.fixture
@@ -232,34 +230,38 @@ def test_it_is_solved_without_lora_which_comes_back(repaired_run: PruneConfig, m
         assert torch.equal(solved_with, torch.zeros_like(solved_with) if ".lora_B." in name else after[0][name])
 
 
-@pytest.mark.parametrize("helps", [True, False])
-def test_the_better_student_goes_on(
-    small_run: PruneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, helps: bool
+@pytest.mark.parametrize("shares", [(0.0, 0.5, 1.0), (0.0,)])
+def test_the_best_share_goes_on(
+    small_run: PruneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shares: tuple[float, ...]
 ) -> None:
-    """Its loss is that of the step that comes next; the one that is not better leaves no trace."""
+    """Each share's loss is that of the step that comes next; nothing of it leaves no trace."""
     monkeypatch.setattr(recovery_start, "COMPARED", 1)
-    losses: list[float] = []
-    real = recovery_start.loss_ahead
-
-    def found(trainer: Trainer, masks: Masks) -> float:
-        losses.append(real(trainer, masks))
-        return (2.0, 1.0 if helps else 2.0)[len(losses) - 1]
-
-    monkeypatch.setattr(recovery_start, "loss_ahead", found)
+    monkeypatch.setattr(recovery_start, "SHARES", shares)
     config = small_run.replace(repair=True, repair_batches=3, prune=WIDTHS, walk_back=False)
-    result = prune(config, Quiet(interrupt_after=20))
-    result = resume(result.run, Quiet())
-    assert losses[0] != losses[1]
-    first = read_metrics(result.run / "metrics.jsonl")
-    assert first[config.freeze_step]["loss"] == pytest.approx(losses[1 if helps else 0], rel=1e-5)
-    assert bool(load_file(result.run / "repaired.safetensors")) is helps
+    result = resume(prune(config, Quiet(interrupt_after=20)).run, Quiet())
     assert result.figures is not None
-    assert result.figures.recovery_losses == (2.0, 1.0 if helps else 2.0)
-    assert ("solved anew" in (result.model / "README.md").read_text()) is helps
-    if not helps:
-        plain = prune(small_run.replace(repair=False, prune=WIDTHS, walk_back=False, out=str(tmp_path / "plain")), Quiet())
-        one, two = (load_file(r.model / "model.safetensors") for r in (result, plain))
-        assert all(torch.equal(one[key], two[key]) for key in one)
+    losses = result.figures.recovery_losses
+    assert [float(share) for share in losses] == list(shares)
+    assert len(set(losses.values())) == len(shares)
+    taken = min(losses, key=losses.__getitem__)
+    step = read_metrics(result.run / "metrics.jsonl")[config.freeze_step]
+    assert step["loss"] == pytest.approx(losses[taken], rel=1e-5)
+    assert bool(load_file(result.run / "repaired.safetensors")) is (taken != "0")
+    assert ("solved anew" in (result.model / "README.md").read_text()) is (taken != "0")
+    plain = prune(small_run.replace(repair=False, prune=WIDTHS, walk_back=False, out=str(tmp_path / "plain")), Quiet())
+    one, two = (load_file(r.model / "model.safetensors") for r in (result, plain))
+    assert all(torch.equal(one[key], two[key]) for key in one) is (taken == "0")
+
+
+def test_a_share_lies_between_the_intact_weights_and_the_solved() -> None:
+    masked = made()
+    weights = repair(masked, random_masks(masked.arch, kinds=WIDTHS), IDS)
+    masked.forget_repair()
+    intact = masked.intact(weights)
+    name = "model.layers.1.mlp.down_proj.weight"
+    assert torch.equal(intact[name], masked.parameter(1, "mlp.down_proj.weight").detach())
+    half = recovery_start._between(intact, weights, 0.5)[name]
+    assert torch.allclose(half - intact[name], weights[name] - half, atol=1e-6)
 
 
 def test_its_options_reach_it(repaired_run: PruneConfig, tmp_path: Path) -> None:

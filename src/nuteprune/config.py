@@ -233,9 +233,9 @@ class PruneConfig:
     # Repair
     repair: bool = option(
         True,
-        "Once the masks are hard, solve the output projections anew by least squares, for what is left of their inputs, and "
-        "go on from there if the next batches' loss is lower for it. Off if not asked for with a one-shot --method and with "
-        "--load-in.",
+        "Once the masks are hard, solve the output projections anew by least squares, for what is left of their inputs, "
+        "taking as much of the change as lowers the next batches' loss. Off if not asked for with a one-shot --method and "
+        "with --load-in.",
         CHOSEN,
         "Repair",
     )

@@ -444,7 +444,7 @@ class _Job:
                 seconds=trainer.state.seconds,
                 head_bias=trainer.state.head_bias,
                 gradient_jumps=trainer.state.jumps,
-                recovery_losses=tuple(trainer.state.recovery_losses),
+                recovery_losses=trainer.state.recovery_losses,
             )
             facts = dataclasses.replace(facts, figures=figures, masks=masks, masks_of="the pruned model")
             save_text(folder / "README.md", model_card(facts))

@@ -6,7 +6,7 @@ switch moves pointers; nothing of the base model is copied. `arrange` alone touc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -361,6 +361,11 @@ class MaskedModel:
             base.repaired = weight.to(base.full, copy=True)
             base.play(None, self._role.widths, self._role.repaired)
         self._repaired = self._repaired or bool(weights)
+
+    def intact(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Copies of the base's own weights by stock name, in whole shape, on the CPU."""
+        assert self.arrangement is None
+        return {name: self._bases[name].full.detach().cpu().clone() for name in names}
 
     def forget_repair(self) -> None:
         """Takes all repaired weights away."""

@@ -1,14 +1,14 @@
-"""Where recovery starts: under hard masks, with repaired weights where they help.
+"""Where recovery starts: under hard masks, with weights that are repaired as far as it helps.
 
 The repair (`repair`) is solved without the student's LoRA weights, which come back on top of it: it mends what the masks took
-from the intact weights, as it does for a student that was never trained, and LoRA has learned the rest. Solved with LoRA in
-place, it bends the student's stream, which training has led elsewhere, back to the intact model's, and undoes more than it
-mends: on SmolLM2-135M at 50 % perplexity rose by 9 % where it falls by 6 % now (docs/results.md). Whether it helps is
-measured, since a student that trained long enough needs no repair.
+from the intact weights, as it does for a student that was never trained. Solved with LoRA in place it bends the student's
+stream, which training has led elsewhere, back to the intact model's, and undoes more than it mends (docs/results.md has the
+figures). LoRA has made up for a part already, so how much of the change is taken is measured: all of it, less, or nothing.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,14 +23,16 @@ from nuteprune.teachers import REPAIRED
 if TYPE_CHECKING:
     from nuteprune.trainer import Trainer
 
-COMPARED = 16  # steps' batches, the next to be trained on, by which the student with and without repair are compared
+SHARES = (0.0, 0.5, 0.75, 1.0)  # of the change by repair, tried under LoRA that was trained
+SHARE = "how much of the repair helps"  # shown
+COMPARED = 16  # steps' batches, the next to be trained on, that they are compared on
 
 
 def start_recovery(trainer: Trainer, masks: Masks) -> None:
-    """Repairs the student's weights under hard masks, unless it is better without.
+    """Repairs the student's weights under hard masks, as far as it helps.
 
-    A student that was never trained is repaired in any case. `REPAIRED` in the run folder holds the weights, none where there
-    was no gain; `TrainState.recovery_losses` says what was measured. All processes call it.
+    A student that was never trained is repaired in full. `REPAIRED` in the run folder holds the weights, none where there was
+    no gain; `TrainState.recovery_losses` says what was measured. All processes call it.
 
     Args:
         trainer: at its whole widths, masks not fixed yet; its config asks for a repair.
@@ -42,34 +44,46 @@ def start_recovery(trainer: Trainer, masks: Masks) -> None:
 
 
 def repaired(trainer: Trainer, masks: Masks) -> dict[str, Tensor]:
-    """The repaired weights by stock name if they are better than the intact ones, else none; the model stays as it was."""
+    """The weights by stock name that are best to go on with, none if they are the intact ones; the model stays as it was."""
     masked, trained = trainer.masked, trainer.masked.lora_copy()
-    before = loss_ahead(trainer, masks) if trainer.state.step > 0 else None
     masked.load_lora({name: torch.zeros_like(t) if ".lora_B." in name else t for name, t in trained.items()})
     text = trainer.blocks.sample(trainer.config.repair_sequences)
     with trainer.counter(STAGE) as progress:
-        weights = repair(masked, masks, text, trainer.config.repair_damping, progress)
+        solved = repair(masked, masks, text, trainer.config.repair_damping, progress)
     masked.load_lora(trained)
-    if before is not None:
-        after = loss_ahead(trainer, masks)
-        trainer.state.recovery_losses = [before, after]
-        if not after < before:
-            weights = {}
     masked.forget_repair()
-    return weights
+    return solved if trainer.state.step == 0 else best_share(trainer, masks, solved)
 
 
-@torch.no_grad()
-def loss_ahead(trainer: Trainer, masks: Masks) -> float:
-    """Mean loss of the student under masks, taught by the intact model, in the steps that come next; none is trained on."""
-    config, masked, total = trainer.config, trainer.masked, 0.0
-    with masked.uncompiled():
-        for step in range(trainer.state.step, trainer.state.step + COMPARED):
-            batch = trainer.blocks.batch(step, config.batch_size, config.seed).to(masked.device)
-            taught = None
-            if config.teachers != "none":
-                with masked.playing(masked.prepare(None, None)):
-                    taught = masked.forward(batch)
+def best_share(trainer: Trainer, masks: Masks, solved: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of `SHARES` of the way from the intact to the solved weights, those with the lowest loss; none for nothing of it."""
+    masked, intact = trainer.masked, trainer.masked.intact(solved)
+    tried: dict[float, float] = {}
+    with masked.uncompiled(), trainer.counter(SHARE) as progress, torch.no_grad():
+        ahead = list(_ahead(trainer))
+        for share in SHARES:
+            masked.repair(_between(intact, solved, share))
             masked.set_masks(masks)
-            total += float(trainer.head_loss(masked.forward(batch), taught, batch).total)
-    return total / COMPARED
+            losses = [float(trainer.head_loss(masked.forward(batch), taught, batch).total) for batch, taught in ahead]
+            tried[share] = sum(losses) / len(losses)
+            progress(len(tried), len(SHARES))
+    masked.forget_repair()
+    trainer.state.recovery_losses = {f"{share:g}": loss for share, loss in tried.items()}
+    best = min(tried, key=lambda share: tried[share])
+    return _between(intact, solved, best) if best else {}
+
+
+def _between(intact: dict[str, Tensor], solved: dict[str, Tensor], share: float) -> dict[str, Tensor]:
+    return {name: torch.lerp(intact[name].float(), solved[name].float(), share).to(solved[name].dtype) for name in solved}
+
+
+def _ahead(trainer: Trainer) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """The batches that come next and, where there are teachers, the intact model's hidden states on them."""
+    config, masked = trainer.config, trainer.masked
+    for step in range(trainer.state.step, trainer.state.step + COMPARED):
+        batch = trainer.blocks.batch(step, config.batch_size, config.seed).to(masked.device)
+        if config.teachers == "none":
+            yield batch, None
+        else:
+            with masked.role(None, None):
+                yield batch, masked.forward(batch)

@@ -46,8 +46,8 @@ class TrainState:
         seconds: time spent in steps, without what happens between them (importance, freezing, repair).
         head_bias: standard deviations by which heads were favoured when gates started by importance (`balance`); None
             where importance has no such balance.
-        recovery_losses: of the student as it was when the masks became hard, and of the repaired one (`recovery_start`);
-            empty where nothing was compared.
+        recovery_losses: when the masks became hard, by the share of the repair taken (`recovery_start`); the lowest goes on.
+            Empty where nothing was compared.
     """
 
     step: int = 0
@@ -61,7 +61,7 @@ class TrainState:
     jumps: int = 0
     seconds: float = 0.0
     head_bias: float | None = None
-    recovery_losses: list[float] = field(default_factory=list)
+    recovery_losses: dict[str, float] = field(default_factory=dict)
 
 
 def write_checkpoint(trainer: Trainer) -> Path:

@@ -28,6 +28,7 @@ from nuteprune.job import BLOCKS, HELD_OUT, resume
 from nuteprune.models import Source, describe, pick_device
 from nuteprune.progress import Counter as LiveCounter
 from nuteprune.progress import Reporter
+from nuteprune.recovery_start import SHARE
 from nuteprune.repair import STAGE as REPAIR
 from nuteprune.report.facts import CONFIG, RESULT
 from nuteprune.trainer import FIRST_CHECKPOINT
@@ -270,7 +271,7 @@ def run_time(config: PruneConfig, rehearsed: Rehearsal, start_up: float) -> RunT
     for stage, wanted in ((IMPORTANCE, config.calibration), (BALANCE, TRIES * config.balance_sequences)):
         done = [s for s in before if s.name == stage and s.ticks]
         importance += sum((wanted - len(s.ticks)) * s.each for s in done)
-    last = [stage for stage in after if stage.ticks and stage.name != REPAIR]
+    last = [stage for stage in after if stage.ticks and stage.name not in (REPAIR, SHARE)]
     apart = min(HELD_OUT, (config.blocks + HELD_OUT) // 10)
     trained = rehearsed.trained or ready.ended  # a run without steps
     end = rehearsed.seconds - trained + sum((apart - len(stage.ticks)) * stage.each for stage in last)

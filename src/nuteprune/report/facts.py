@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ class Figures:
         seconds: time in training steps.
         head_bias: how much heads were favoured over channels at the start (`TrainState`).
         gradient_jumps: steps whose gradient norm was far above that of the steps before (`stability`).
-        recovery_losses: losses by which repaired weights were kept or not (`TrainState`).
+        recovery_losses: losses by the share of the repair taken, where it was measured (`TrainState`).
     """
 
     blocks_before: int
@@ -63,7 +63,7 @@ class Figures:
     seconds: float
     head_bias: float | None = None
     gradient_jumps: int = 0
-    recovery_losses: tuple[float, ...] = ()
+    recovery_losses: dict[str, float] = field(default_factory=dict)
 
     @property
     def block_sparsity(self) -> float:
@@ -95,7 +95,7 @@ class Figures:
             "training_seconds": self.seconds,
             "head_bias": self.head_bias,
             "gradient_jumps": self.gradient_jumps,
-            "recovery_losses": list(self.recovery_losses),
+            "recovery_losses": self.recovery_losses,
         }
 
     @classmethod
@@ -125,7 +125,7 @@ class Figures:
             seconds=found["training_seconds"],
             head_bias=found.get("head_bias"),
             gradient_jumps=found.get("gradient_jumps", 0),
-            recovery_losses=tuple(found.get("recovery_losses", ())),
+            recovery_losses=found.get("recovery_losses", {}),
         )
 
 
@@ -243,8 +243,8 @@ class RunFacts:
             made = "structured pruning with numerous teachers (arXiv 2402.09773)"
         else:
             made = "structured pruning by learned gates (arXiv 2402.09773)"
-        losses = self.figures.recovery_losses if self.figures is not None else ()
-        repaired = config.repair and not (losses and losses[1] >= losses[0])
+        losses = self.figures.recovery_losses if self.figures is not None else {}
+        repaired = config.repair and min(losses, key=losses.__getitem__, default="") != "0"
         return f"{made}.{' Output projections were solved anew by least squares when the masks were hard.' if repaired else ''}"
 
     def teaching_line(self) -> str:
