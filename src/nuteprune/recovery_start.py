@@ -23,7 +23,7 @@ from nuteprune.teachers import REPAIRED
 if TYPE_CHECKING:
     from nuteprune.trainer import Trainer
 
-SHARES = (0.0, 0.5, 0.75, 1.0)  # of the change by repair, tried under LoRA that was trained
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the change by repair, tried under LoRA that was trained
 SHARE = "how much of the repair helps"  # shown
 COMPARED = 16  # steps' batches, the next to be trained on, that they are compared on
 
