@@ -18,7 +18,7 @@ from torch import Tensor
 from nuteprune.files import save_tensors
 from nuteprune.masks import Masks
 from nuteprune.repair import STAGE, repair
-from nuteprune.teachers import REPAIRED
+from nuteprune.teachers import INTACT, REPAIRED
 
 if TYPE_CHECKING:
     from nuteprune.trainer import Trainer
@@ -39,8 +39,14 @@ def start_recovery(trainer: Trainer, masks: Masks) -> None:
         masks: the student's discrete masks.
     """
     file = trainer.folder / REPAIRED
-    trainer.processes.on_main(lambda: save_tensors(file, repaired(trainer, masks.to(trainer.masked.device))))
-    trainer.masked.repair(load_file(file))
+
+    def write() -> dict[str, Tensor]:
+        weights = repaired(trainer, masks.to(trainer.masked.device))
+        save_tensors(file, weights)
+        return weights
+
+    weights = trainer.processes.on_main(write)
+    trainer.masked.repair(load_file(file) if weights is None else weights)
 
 
 def repaired(trainer: Trainer, masks: Masks) -> dict[str, Tensor]:
@@ -79,11 +85,7 @@ def _between(intact: dict[str, Tensor], solved: dict[str, Tensor], share: float)
 
 def _ahead(trainer: Trainer) -> Iterator[tuple[Tensor, Tensor | None]]:
     """The batches that come next and, where there are teachers, the intact model's hidden states on them."""
-    config, masked = trainer.config, trainer.masked
+    config = trainer.config
     for step in range(trainer.state.step, trainer.state.step + COMPARED):
-        batch = trainer.blocks.batch(step, config.batch_size, config.seed).to(masked.device)
-        if config.teachers == "none":
-            yield batch, None
-        else:
-            with masked.role(None, None):
-                yield batch, masked.forward(batch)
+        batch = trainer.blocks.batch(step, config.batch_size, config.seed).to(trainer.masked.device)
+        yield batch, None if config.teachers == "none" else trainer.teach(INTACT, batch, None)
