@@ -65,6 +65,7 @@ def test_a_list_is_run_once_and_becomes_a_table(
     modules["run"].main()
     result = json.loads((tmp_path / "results/g/wanda-s0/result.json").read_text())
     assert result["figures"]["training_tokens"] == 32
+    assert result["figures"]["gradient_jumps"] == 0
     assert result["perplexity"]["corpus.txt"]["windows"] == 2
     assert result["options"]["method"] == "wanda"
     assert str(tmp_path) not in (tmp_path / "results/g/wanda-s0/config.yaml").read_text()
@@ -204,6 +205,10 @@ def test_a_list_with_mistakes_is_refused(modules: dict[str, ModuleType], tmp_pat
         modules["experiments"].read(listed(tmp_path, model_folder, stepps=3))
     found = modules["experiments"].read(listed(tmp_path, model_folder, seeds=[0, 1]), only="g/wanda*")
     assert [e.key for e in found] == ["g/wanda-s0", "g/wanda-s1"]
+    without_seed = modules["experiments"].read(listed(tmp_path, model_folder, seeds=[0, 1]), only="g/wanda,g/dense")
+    assert [e.key for e in without_seed] == ["g/dense", "g/wanda-s0", "g/wanda-s1"]
+    with pytest.raises(SystemExit, match="--only g/wonda stands for no experiment"):
+        modules["experiments"].read(listed(tmp_path, model_folder), only="g/wanda,g/wonda")
 
 
 def test_the_list_of_the_project_is_whole(modules: dict[str, ModuleType]) -> None:

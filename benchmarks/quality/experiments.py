@@ -53,10 +53,10 @@ def read(path: Path = LIST, only: str = "*") -> list[Experiment]:
     Args:
         path: YAML: `options` for all; `groups` with `options`, `evaluate`, `seeds` and `runs`, a mapping of names to options
             (and `seeds`).
-        only: a pattern for their keys, such as "ablation/*"; several, separated by commas.
+        only: a pattern for their keys, with the seed or without, such as "ablation/*"; several, separated by commas.
 
     Raises:
-        SystemExit: a group or a run has a key that is none.
+        SystemExit: a group or a run has a key that is none, or a pattern stands for no experiment.
     """
     listed = yaml.safe_load(path.read_text(encoding="utf-8"))
     found = []
@@ -73,4 +73,7 @@ def read(path: Path = LIST, only: str = "*") -> list[Experiment]:
             for seed in seeds:
                 options = {} if name == "dense" else listed["options"] | content.get("options", {}) | own
                 found.append(Experiment(group, name, seed, options, content["evaluate"]))
-    return [e for e in found if any(fnmatch(e.key, pattern) for pattern in only.split(","))]
+    wanted = {p: [e for e in found if fnmatch(e.key, p) or fnmatch(f"{e.group}/{e.name}", p)] for p in only.split(",")}
+    if idle := [pattern for pattern, matched in wanted.items() if not matched]:
+        raise SystemExit(f"--only {','.join(idle)} stands for no experiment of {path}; write group/run or group/run-sSEED")
+    return [e for e in found if any(e in matched for matched in wanted.values())]

@@ -44,6 +44,8 @@ KEPT = (
     "training_seconds",
     "head_bias",
     "perplexity_after",
+    "gradient_jumps",
+    "recovery_losses",
 )
 MODEL = "smollm2-135m"
 STOPPED = 130  # exit code of a run that Ctrl-C stopped
