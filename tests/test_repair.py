@@ -257,11 +257,18 @@ def test_a_share_lies_between_the_intact_weights_and_the_solved() -> None:
     masked = made()
     weights = repair(masked, random_masks(masked.arch, kinds=WIDTHS), IDS)
     masked.forget_repair()
-    intact = masked.intact(weights)
     name = "model.layers.1.mlp.down_proj.weight"
-    assert torch.equal(intact[name], masked.parameter(1, "mlp.down_proj.weight").detach())
-    half = recovery_start._between(intact, weights, 0.5)[name]
-    assert torch.allclose(half - intact[name], weights[name] - half, atol=1e-6)
+    intact = masked.parameter(1, "mlp.down_proj.weight").detach()
+    assert not torch.equal(intact, weights[name])
+    found = {}
+    for share in (0.0, 0.5, 1.0):
+        masked.repair(weights, share)
+        found[share] = masked.repaired_weights()[name]
+    assert torch.equal(found[0.0], intact)
+    assert torch.equal(found[1.0], weights[name])
+    assert torch.allclose(found[0.5] - intact, weights[name] - found[0.5], atol=1e-6)
+    masked.forget_repair()
+    assert not masked.repaired_weights()
 
 
 def test_its_options_reach_it(repaired_run: PruneConfig, tmp_path: Path) -> None:

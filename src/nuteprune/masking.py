@@ -6,7 +6,7 @@ switch moves pointers; nothing of the base model is copied. `arrange` alone touc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -348,24 +348,27 @@ class MaskedModel:
     # -- repaired weights ---------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def repair(self, weights: dict[str, Tensor]) -> None:
+    def repair(self, weights: dict[str, Tensor], share: float = 1.0) -> None:
         """Gives roles that are `repaired` weights of their own; the base stays for the others.
 
         Args:
             weights: by stock name, in whole shape; of parameters along heads or intermediate channels, beside those given
                 before.
+            share: of the way to them from the base's own.
         """
         assert self.arrangement is None
         for name, weight in weights.items():
             base = self._bases[name]
-            base.repaired = weight.to(base.full, copy=True)
+            precise = torch.promote_types(base.full.dtype, torch.float32)
+            whole = weight.to(base.full.device, precise)
+            base.repaired = torch.lerp(base.full.detach().to(precise), whole, share).to(base.full.dtype)
             base.play(None, self._role.widths, self._role.repaired)
         self._repaired = self._repaired or bool(weights)
 
-    def intact(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Copies of the base's own weights by stock name, in whole shape, on the CPU."""
+    def repaired_weights(self) -> dict[str, Tensor]:
+        """Those that `repair` gave, by stock name, in whole shape, on the CPU."""
         assert self.arrangement is None
-        return {name: self._bases[name].full.detach().cpu().clone() for name in names}
+        return {name: base.repaired.cpu() for name, base in self._bases.items() if base.repaired is not None}
 
     def forget_repair(self) -> None:
         """Takes all repaired weights away."""

@@ -63,24 +63,22 @@ def repaired(trainer: Trainer, masks: Masks) -> dict[str, Tensor]:
 
 def best_share(trainer: Trainer, masks: Masks, solved: dict[str, Tensor]) -> dict[str, Tensor]:
     """Of `SHARES` of the way from the intact to the solved weights, those with the lowest loss; none for nothing of it."""
-    masked, intact = trainer.masked, trainer.masked.intact(solved)
+    masked = trainer.masked
     tried: dict[float, float] = {}
     with masked.uncompiled(), trainer.counter(SHARE) as progress, torch.no_grad():
         ahead = list(_ahead(trainer))
         for share in SHARES:
-            masked.repair(_between(intact, solved, share))
+            masked.repair(solved, share)
             masked.set_masks(masks)
             losses = [float(trainer.head_loss(masked.forward(batch), taught, batch).total) for batch, taught in ahead]
             tried[share] = sum(losses) / len(losses)
             progress(len(tried), len(SHARES))
-    masked.forget_repair()
     trainer.state.recovery_losses = {f"{share:g}": loss for share, loss in tried.items()}
     best = min(tried, key=lambda share: tried[share])
-    return _between(intact, solved, best) if best else {}
-
-
-def _between(intact: dict[str, Tensor], solved: dict[str, Tensor], share: float) -> dict[str, Tensor]:
-    return {name: torch.lerp(intact[name].float(), solved[name].float(), share).to(solved[name].dtype) for name in solved}
+    masked.repair(solved, best)
+    taken = masked.repaired_weights() if best else {}
+    masked.forget_repair()
+    return taken
 
 
 def _ahead(trainer: Trainer) -> Iterator[tuple[Tensor, Tensor | None]]:
