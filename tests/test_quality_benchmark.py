@@ -195,9 +195,14 @@ def test_pictures_and_tables_compare_like_with_like(modules: dict[str, ModuleTyp
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Axes, "plot", noted)
-        (picture,) = table.draw(groups, ["g"], tmp_path)
+        (picture,) = table.draw(groups, table.choose(groups, "g/lag-*,g/one-*"), tmp_path)
     assert picture.stat().st_size > 5000
-    assert drawn == [("lag-5, 100 tokens", (1.2, 1.8)), ("one, 100 tokens", (1.5, 3.0))]
+    assert drawn == [("lag-20, 100 tokens", (1.3,)), ("lag-5, 100 tokens", (1.2, 1.8)), ("one, 100 tokens", (1.5, 3.0))]
+    assert not table.draw(groups, table.choose(groups, "g/lag-20"), tmp_path)  # one point is no picture
+    named = table.choose(groups, "g/one-*,third")
+    assert {group: [row.name for row in rows] for group, rows in named.items()} == {"g": ["one-25", "one-50"], "third": ["run"]}
+    with pytest.raises(SystemExit, match=r"--only h/\* stands for no result"):
+        table.choose(groups, "g,h/*")
 
 
 def test_a_list_with_mistakes_is_refused(modules: dict[str, ModuleType], tmp_path: Path, model_folder: Path) -> None:

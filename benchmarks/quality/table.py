@@ -1,9 +1,9 @@
 """Tables and pictures from the results of run.py.
 
-    python benchmarks/quality/table.py [--only ablation,candidates] [--picture docs/pictures]
+    python benchmarks/quality/table.py [--only 'ablation,table-150k-rate/taylor-*'] [--picture docs/pictures]
 
 Prints a Markdown table a group: parameters, perplexities against the dense model's, tasks. With --picture: quality against
-sparsity, and against tokens, of the groups named, where they have the runs for it.
+sparsity, and against tokens, of the runs named, where there are enough for it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import statistics
 from collections import defaultdict
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +48,13 @@ class Row:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", default="", help="groups, separated by commas; all without it")
+    parser.add_argument("--only", default="*", help="patterns of groups, or of runs as group/run, separated by commas")
     parser.add_argument("--picture", type=Path, help="folder for the pictures")
     args = parser.parse_args()
     groups = read()
-    chosen = [group for group in groups if not args.only or group in args.only.split(",")]
-    for group in chosen:
-        print(f"### {group}\n\n{table(groups[group], dense_of(groups, groups[group]))}\n")
+    chosen = choose(groups, args.only)
+    for group, rows in chosen.items():
+        print(f"### {group}\n\n{table(rows, dense_of(groups, rows))}\n")
     if args.picture is not None:
         args.picture.mkdir(parents=True, exist_ok=True)
         for picture in draw(groups, chosen, args.picture):
@@ -73,6 +74,21 @@ def read() -> dict[str, list[Row]]:
         text = next(iter(rows[0].results[0]["perplexity"]))
         made[group] = sorted(rows, key=lambda row: (row.name != "dense", statistics.fmean(row.perplexity(text) or [1e9])))
     return made
+
+
+def choose(groups: dict[str, list[Row]], only: str) -> dict[str, list[Row]]:
+    """The rows that patterns of groups or of group/run, separated by commas, stand for; groups without any are left out.
+
+    Raises:
+        SystemExit: a pattern stands for none.
+    """
+    names = {(group, row.name) for group, rows in groups.items() for row in rows}
+    wanted = {p: {(g, n) for g, n in names if fnmatch(g, p) or fnmatch(f"{g}/{n}", p)} for p in only.split(",")}
+    if idle := [pattern for pattern, matched in wanted.items() if not matched]:
+        raise SystemExit(f"--only {','.join(idle)} stands for no result; there are the groups {', '.join(groups)}")
+    found = set().union(*wanted.values())
+    kept = {group: [row for row in rows if (group, row.name) in found] for group, rows in groups.items()}
+    return {group: rows for group, rows in kept.items() if rows}
 
 
 def dense_of(groups: dict[str, list[Row]], rows: list[Row]) -> Row | None:
@@ -138,23 +154,23 @@ def average(row: Row, tasks: list[str]) -> float | None:
     return statistics.fmean(v for v in found if v is not None) if found and None not in found else None
 
 
-def draw(groups: dict[str, list[Row]], chosen: list[str], folder: Path) -> list[Path]:
+def draw(groups: dict[str, list[Row]], chosen: dict[str, list[Row]], folder: Path) -> list[Path]:
     """Pictures of what is kept, against sparsity and against tokens: a panel a text and one for tasks, a line a method.
 
     Args:
         groups: all results, among which the dense model's are looked for.
-        chosen: the groups to draw; they should differ in tokens only.
+        chosen: the rows to draw, by group; the groups should differ in tokens only.
         folder: where the pictures go.
 
     Returns:
-        The pictures that there were enough results for, two points a line at least.
+        The pictures that there were enough results for: two points of a line at least in each panel.
     """
     import matplotlib.pyplot as plt
 
     made = []
     for axis, label in (("sparsity", "block parameters removed (%)"), ("tokens", "training tokens")):
         panels: dict[str, dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
-        for rows in (groups[name] for name in chosen):
+        for rows in chosen.values():
             dense = dense_of(groups, rows)
             for row in rows if dense is not None else ():
                 options = row.results[0]["options"]
@@ -173,18 +189,20 @@ def draw(groups: dict[str, list[Row]], chosen: list[str], folder: Path) -> list[
                 own, base_mean = average(row, tasks), average(dense, tasks)
                 if own is not None and base_mean:
                     panels[f"{', '.join(tasks)}: mean over the dense model's"][line].append((place, own / base_mean))
-        found = {title: {n: sorted(p) for n, p in lines.items() if len(p) > 1} for title, lines in panels.items()}
-        found = {title: lines for title, lines in found.items() if lines}
+        found = {title: lines for title, lines in panels.items() if any(len(points) > 1 for points in lines.values())}
         if not found:
             continue
         figure, axes = plt.subplots(1, len(found), figsize=(4.6 * len(found), 4.2), layout="constrained", squeeze=False)
         for panel, (title, lines) in zip(axes[0], sorted(found.items(), reverse=True), strict=True):
             for name, points in sorted(lines.items()):
-                panel.plot(*zip(*points, strict=True), marker="o", label=name)
+                panel.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
             panel.set(xlabel=label)
             panel.set_title(title, fontsize=8)
             if axis == "tokens":
                 panel.set_xscale("log")
+                places = sorted({place for points in lines.values() for place, _ in points})
+                panel.set_xticks(places, [f"{place:,}" for place in places])
+                panel.minorticks_off()
             panel.grid(alpha=0.3)
             panel.legend(fontsize=8)
         made.append(folder / f"quality-{axis}.png")
