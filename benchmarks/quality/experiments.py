@@ -73,7 +73,23 @@ def read(path: Path = LIST, only: str = "*") -> list[Experiment]:
             for seed in seeds:
                 options = {} if name == "dense" else listed["options"] | content.get("options", {}) | own
                 found.append(Experiment(group, name, seed, options, content["evaluate"]))
-    wanted = {p: [e for e in found if fnmatch(e.key, p) or fnmatch(f"{e.group}/{e.name}", p)] for p in only.split(",")}
-    if idle := [pattern for pattern, matched in wanted.items() if not matched]:
-        raise SystemExit(f"--only {','.join(idle)} stands for no experiment of {path}; write group/run or group/run-sSEED")
-    return [e for e in found if any(e in matched for matched in wanted.values())]
+    names = [(e.key, f"{e.group}/{e.name}") for e in found]
+    stands = chosen(names, only, f"experiment of {path}; write group/run or group/run-sSEED")
+    return [e for e, wanted in zip(found, stands, strict=True) if wanted]
+
+
+def chosen(names: list[tuple[str, str]], only: str, what: str) -> list[bool]:
+    """Which things patterns stand for.
+
+    Args:
+        names: the two names of each thing, either of which may match.
+        only: patterns, separated by commas.
+        what: what they are, and how to name them, for the error.
+
+    Raises:
+        SystemExit: a pattern stands for none.
+    """
+    patterns = only.split(",")
+    if idle := [p for p in patterns if not any(fnmatch(name, p) for both in names for name in both)]:
+        raise SystemExit(f"--only {','.join(idle)} stands for no {what}")
+    return [any(fnmatch(name, p) for name in both for p in patterns) for both in names]

@@ -13,11 +13,10 @@ import json
 import statistics
 from collections import defaultdict
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from experiments import RESULTS
+from experiments import RESULTS, chosen
 
 from nuteprune.evaluation.known_tasks import KNOWN
 
@@ -52,12 +51,12 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, help="folder for the pictures")
     args = parser.parse_args()
     groups = read()
-    chosen = choose(groups, args.only)
-    for group, rows in chosen.items():
+    shown = choose(groups, args.only)
+    for group, rows in shown.items():
         print(f"### {group}\n\n{table(rows, dense_of(groups, rows))}\n")
     if args.picture is not None:
         args.picture.mkdir(parents=True, exist_ok=True)
-        for picture in draw(groups, chosen, args.picture):
+        for picture in draw(groups, shown, args.picture):
             print(picture)
 
 
@@ -82,13 +81,13 @@ def choose(groups: dict[str, list[Row]], only: str) -> dict[str, list[Row]]:
     Raises:
         SystemExit: a pattern stands for none.
     """
-    names = {(group, row.name) for group, rows in groups.items() for row in rows}
-    wanted = {p: {(g, n) for g, n in names if fnmatch(g, p) or fnmatch(f"{g}/{n}", p)} for p in only.split(",")}
-    if idle := [pattern for pattern, matched in wanted.items() if not matched]:
-        raise SystemExit(f"--only {','.join(idle)} stands for no result; there are the groups {', '.join(groups)}")
-    found = set().union(*wanted.values())
-    kept = {group: [row for row in rows if (group, row.name) in found] for group, rows in groups.items()}
-    return {group: rows for group, rows in kept.items() if rows}
+    every = [(group, row) for group, rows in groups.items() for row in rows]
+    stands = chosen([(g, f"{g}/{row.name}") for g, row in every], only, f"result; there are the groups {', '.join(groups)}")
+    kept: dict[str, list[Row]] = defaultdict(list)
+    for (group, row), wanted in zip(every, stands, strict=True):
+        if wanted:
+            kept[group].append(row)
+    return dict(kept)
 
 
 def dense_of(groups: dict[str, list[Row]], rows: list[Row]) -> Row | None:
@@ -154,12 +153,12 @@ def average(row: Row, tasks: list[str]) -> float | None:
     return statistics.fmean(v for v in found if v is not None) if found and None not in found else None
 
 
-def draw(groups: dict[str, list[Row]], chosen: dict[str, list[Row]], folder: Path) -> list[Path]:
+def draw(groups: dict[str, list[Row]], shown: dict[str, list[Row]], folder: Path) -> list[Path]:
     """Pictures of what is kept, against sparsity and against tokens: a panel a text and one for tasks, a line a method.
 
     Args:
         groups: all results, among which the dense model's are looked for.
-        chosen: the rows to draw, by group; the groups should differ in tokens only.
+        shown: the rows to draw, by group; the groups should differ in tokens only.
         folder: where the pictures go.
 
     Returns:
@@ -170,7 +169,7 @@ def draw(groups: dict[str, list[Row]], chosen: dict[str, list[Row]], folder: Pat
     made = []
     for axis, label in (("sparsity", "block parameters removed (%)"), ("tokens", "training tokens")):
         panels: dict[str, dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
-        for rows in chosen.values():
+        for rows in shown.values():
             dense = dense_of(groups, rows)
             for row in rows if dense is not None else ():
                 options = row.results[0]["options"]
