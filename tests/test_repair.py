@@ -69,6 +69,19 @@ def test_the_student_comes_nearer_and_the_teacher_stays(family: str, kinds: tupl
         assert torch.equal(masked.logits(IDS), intact)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2", "opt", "phi3"])
+def test_sequences_go_through_together_as_they_would_alone(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those that are left over when the rest has gone in eights."""
+    solved = []
+    for together in (8, 1):
+        monkeypatch.setattr("nuteprune.repair.TOGETHER", together)
+        masked = made(family)
+        solved.append(repair(masked, random_masks(masked.arch, kinds=WIDTHS), LONG[:21], damping=0.1))
+    assert solved[0].keys() == solved[1].keys()
+    for name, weight in solved[0].items():
+        torch.testing.assert_close(weight, solved[1][name], rtol=1e-9, atol=1e-9)
+
+
 def test_what_can_be_made_up_for_is_made_up_for() -> None:
     """Channels that have a twin lose nothing when they go."""
     config = tiny_config()

@@ -11,6 +11,7 @@ from torch import Tensor
 from nuteprune.size import BlockSize, Unit
 
 _ROUNDS = 50  # of bisection
+FLAT = 1e-12  # a slope that is none
 
 
 def schedule(step: int, ramp: int, target: float, shape: str = "linear") -> float:
@@ -127,26 +128,22 @@ class ProjectionControl:
 
     def __init__(self, size: BlockSize) -> None:
         self._size = size
-        self._last = 0.0
+        self._last = torch.zeros(())
 
     def offset(self, log_alpha: Unit, keep: Keep, target: float) -> Tensor:
         """The offset that puts the expected sparsity on `target`; a scalar with gradients."""
 
-        def sparsity_at(b: float | Tensor) -> Tensor:
+        def sparsity_at(b: Tensor) -> Tensor:
             return self._size.expected_sparsity(keep({kind: a + b for kind, a in log_alpha.items()}))
 
         with torch.no_grad():
-            b = bisect(lambda x: float(sparsity_at(x)) <= target, *_bracket(log_alpha))
-        device = next(iter(log_alpha.values())).device
-        probe = torch.full((), b, device=device, requires_grad=True)
+            self._last = bisect_all(lambda b: sparsity_at(b) <= target, *_bracket(log_alpha))
+        probe = self._last.clone().requires_grad_(True)
         current = sparsity_at(probe)
         if not current.requires_grad:
-            return probe.detach()
-        (slope,) = torch.autograd.grad(current, probe, retain_graph=True)
-        self._last = b
-        if float(slope.abs()) < 1e-12:
-            return probe.detach()
-        return implicit(probe.detach(), current, slope)
+            return self._last
+        (slope,) = torch.autograd.grad(current, probe, retain_graph=True)  # below zero: open gates are size
+        return torch.where(slope > -FLAT, self._last, implicit(self._last, current, slope.clamp_max(-FLAT)))
 
     def penalty(self, expected: Tensor, target: float) -> Tensor:
         """Nothing: the target is met by construction."""
@@ -164,7 +161,7 @@ class ProjectionControl:
 
     def metrics(self) -> dict[str, float]:
         """The last offset."""
-        return {"offset": self._last}
+        return {"offset": float(self._last)}
 
     def state(self) -> dict[str, Tensor]:
         """No state."""
@@ -201,27 +198,37 @@ def balanced(scores: Unit, keep: Callable[[Tensor], Tensor], wanted: dict[str, T
     for kind, count in wanted.items():
         rows = scores[kind].reshape(-1, scores[kind].shape[-1])
         with torch.no_grad():
-            low = torch.full((len(rows), 1), float(-rows.max()) - 50.0, device=rows.device)
-            high = torch.full_like(low, float(-rows.min()) + 50.0)
-            for _ in range(_ROUNDS):
-                middle = (low + high) / 2
-                enough = keep(rows + middle).sum(1, keepdim=True) >= count
-                low, high = torch.where(enough, low, middle), torch.where(enough, middle, high)
-        shift = high
+            low, high = (bound.expand(len(rows), 1) for bound in _bracket({kind: rows}))
+            shift = root = bisect_all(lambda x: keep(rows + x).sum(1, keepdim=True) >= count, low, high)  # noqa: B023  # used at once
         if rows.requires_grad:
-            probe = high.detach().requires_grad_(True)
+            probe = root.clone().requires_grad_(True)
             kept = keep(rows + probe).sum(1, keepdim=True)
             (slope,) = torch.autograd.grad(kept.sum(), probe, retain_graph=True)
-            shift = torch.where(slope.abs() < 1e-12, high, implicit(high, kept - count, slope.clamp_min(1e-12)))
+            shift = torch.where(slope < FLAT, root, implicit(root, kept - count, slope.clamp_min(FLAT)))
         out[kind] = (rows + shift).view(scores[kind].shape)
     return out
 
 
-def _bracket(log_alpha: Unit) -> tuple[float, float]:
-    """Offsets that close and open every gate."""
-    low = min(float(a.detach().min()) for a in log_alpha.values())
-    high = max(float(a.detach().max()) for a in log_alpha.values())
-    return -high - 50.0, -low + 50.0
+def _bracket(log_alpha: Unit) -> tuple[Tensor, Tensor]:
+    """Offsets that close and open every gate; scalars."""
+    ends = torch.stack([torch.stack(a.detach().aminmax()) for a in log_alpha.values()])
+    return -ends[:, 1].max() - 50.0, -ends[:, 0].min() + 50.0
+
+
+def bisect_all(enough: Callable[[Tensor], Tensor], low: Tensor, high: Tensor, rounds: int = _ROUNDS) -> Tensor:
+    """`bisect` of many numbers side by side, or of one, without waiting for the device that they live on.
+
+    Args:
+        enough: of numbers of the bounds' shape, for each whether it is enough; bool of that shape.
+        low: lower bounds.
+        high: upper bounds.
+        rounds: how often the intervals are halved.
+    """
+    for _ in range(rounds):
+        middle = (low + high) / 2
+        found = enough(middle)
+        low, high = torch.where(found, low, middle), torch.where(found, middle, high)
+    return high
 
 
 def bisect(enough: Callable[[float], bool], low: float, high: float, rounds: int = _ROUNDS) -> float:

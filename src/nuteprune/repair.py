@@ -30,6 +30,7 @@ from nuteprune.masks import Masks
 Progress = Callable[[int, int], None]
 TRIES = 12  # of ten times more damping each
 STAGE = "repair of output projections"  # as progress shows it
+TOGETHER = 8  # sequences that go through a layer at once
 
 
 @torch.no_grad()
@@ -63,7 +64,7 @@ def repair(
             for block in BLOCKS:
                 if not bool((masks.attention if block == "attention" else masks.mlp)[layer]):
                     continue  # gone
-                seen = [student.run(layer, index, until=block)[block] for index in range(len(sequences))]
+                seen = [student.run(layer, index, until=block)[block] for index in range(len(student.streams))]
                 weight = _solved(student, layer, block, seen, targets[block], damping)
                 if weight is not None:
                     name = f"{arch.spec.layers}.{layer}.{arch.spec.projection(block)}.weight"
@@ -81,7 +82,7 @@ def repair(
 
 @dataclass
 class _Seen:
-    """What was seen of a block in one layer and sequence, all [tokens, ...].
+    """What was seen of a block in one layer and of the sequences that go through it at once, all [tokens of all, ...].
 
     Attributes:
         stream: the residual stream before the block, [tokens, hidden].
@@ -101,17 +102,21 @@ class _Side:
         masked: the model.
         masks: of the student; None for the intact model.
         sequences: token ids [sequences, tokens].
+
+    Attributes:
+        streams: the residual streams before the next layer, [sequences, tokens, hidden] with `TOGETHER` sequences and the rest.
+        calls: what else the layers are called with.
     """
 
     def __init__(self, masked: MaskedModel, masks: Masks | None, sequences: Tensor) -> None:
         self.masked = masked
         self.streams: list[Tensor] = []
-        self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self.calls: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}  # by number of sequences, of each layer
         self._student = masks is not None
         self.role = masked.prepare(masks, None, repaired=self._student)
         with self.playing():
-            for row in sequences:
-                self._enter(row.unsqueeze(0).to(masked.device))
+            for rows in sequences.split(TOGETHER):
+                self._enter(rows.to(masked.device))
 
     @contextmanager
     def playing(self) -> Iterator[None]:
@@ -124,20 +129,21 @@ class _Side:
                 yield
 
     def _enter(self, ids: Tensor) -> None:
-        """Notes what the first layer reads; the first sequence goes through, for what else every layer is called with."""
-        hooks = []
+        """Notes what the first layer reads; the first ids of a shape go through, for what else every layer is called with."""
+        hooks, calls = [], self.calls.setdefault(len(ids), [])
+        known = bool(calls)
 
         def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             given = dict(kwargs)
             states = args[0] if args else given.pop("hidden_states")
             if module is self.masked.layers[0]:
                 self.streams.append(states)
-                if self.calls:
+                if known:
                     raise _Entered
-            self.calls.append((args[1:], given))
+            calls.append((args[1:], given))
 
         try:
-            for layer in self.masked.layers if not self.calls else self.masked.layers[:1]:
+            for layer in self.masked.layers[:1] if known else self.masked.layers:
                 hooks.append(layer.register_forward_pre_hook(note, with_kwargs=True))
             self.masked.forward(ids)
         except _Entered:
@@ -150,8 +156,8 @@ class _Side:
         """Takes the streams through a layer in this role.
 
         Returns:
-            By block, a tensor [tokens, hidden] a sequence: the stream after the block where blocks add their projections to
-            it as they are (`adds`), else what the projection wrote.
+            By block, a tensor [tokens, hidden] for each of `streams`: the stream after the block where blocks add their
+            projections to it as they are (`adds`), else what the projection wrote.
         """
         wrote: dict[str, list[Tensor]] = {block: [] for block in BLOCKS}
         with self.playing():
@@ -161,11 +167,11 @@ class _Side:
         return wrote
 
     def run(self, layer: int, index: int, until: str | None = None) -> dict[str, _Seen]:
-        """One layer on one sequence, in the present role: what was seen of its blocks; the stream moves on behind it.
+        """One layer on some sequences, in the present role: what was seen of its blocks; the stream moves on behind it.
 
         Args:
             layer: its number.
-            index: of the sequence.
+            index: of the sequences in `streams`.
             until: the block whose projection is the last that is needed; the stream then stays.
         """
         masked, spec, module = self.masked, self.masked.arch.spec, self.masked.layers[layer]
@@ -185,7 +191,8 @@ class _Side:
 
             hooks.append(projection.register_forward_pre_hook(before, prepend=True))
             hooks.append(projection.register_forward_hook(after))
-        states, (args, kwargs) = self.streams[index], self.calls[layer]
+        states = self.streams[index]
+        args, kwargs = self.calls[len(states)][layer]
         try:
             with masked.autocast():
                 found = module(states, *args, **kwargs)
@@ -231,7 +238,7 @@ def _solved(student: _Side, layer: int, block: str, seen: list[_Seen], targets: 
         student: at the streams before the layer, its role installed.
         layer: its number.
         block: attention or mlp.
-        seen: of the block in each sequence.
+        seen: of the block, for each of the streams.
         targets: what `_Side.through` gave for the block in the intact model.
         damping: as in `repair`.
     """
