@@ -6,6 +6,7 @@ Once masks and teacher are fixed every step launches the same ones on the same m
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -108,8 +109,10 @@ class Recorder:
 def _waiting_refused() -> Iterator[None]:
     """Inside the block, what waits for the device is a RuntimeError that names it."""
     before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch calls it a prototype
+            torch.cuda.set_sync_debug_mode("error")
         yield
     finally:
         torch.cuda.set_sync_debug_mode(before)
