@@ -11,8 +11,9 @@ from conftest import tiny_config
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from nuteprune.allowed import Allowed, Rounding
 from nuteprune.arch import Arch
-from nuteprune.discretise import Discretiser, Rounding
+from nuteprune.discretise import Discretiser
 from nuteprune.errors import ConfigError
 from nuteprune.gates import unit_shapes
 from nuteprune.masks import Masks
@@ -69,7 +70,7 @@ def test_discrete_size_is_the_nearest_not_above(
     size = BlockSize.of(arch)
     if uniform and {"attention", "mlp"} & set(kinds):  # the options refuse it
         return
-    discretiser = Discretiser(arch, size, kinds, Rounding(*rounding), head_unit, uniform)
+    discretiser = Discretiser(Allowed(arch, size, kinds, Rounding(*rounding), head_unit, uniform))
     scores = scores_of(arch, kinds, head_unit, seed)
     if piled:  # as hard-concrete gates are at the bounds of log_alpha
         scores = {k: (4 * s).clamp(-0.5, 0.5) for k, s in scores.items()}
@@ -134,7 +135,7 @@ def test_discrete_size_is_the_nearest_not_above(
 
 def discretiser_of(kinds: tuple[str, ...], rounding: Rounding | None = None, **more: Any) -> Discretiser:
     arch = ARCHS["llama"]
-    return Discretiser(arch, BlockSize.of(arch), kinds, rounding or Rounding(), **more)
+    return Discretiser(Allowed(arch, BlockSize.of(arch), kinds, rounding or Rounding(), **more))
 
 
 def test_unreachable_sparsity_says_what_is_reachable() -> None:
@@ -151,9 +152,9 @@ def test_unreachable_sparsity_says_what_is_reachable() -> None:
 def test_a_unit_that_the_family_cannot_lose_is_refused_with_the_reason() -> None:
     arch = Arch.from_config(tiny_config("opt"))
     with pytest.raises(ConfigError, match="got 'hidden', which cannot be pruned exactly in the opt family: its LayerNorms"):
-        Discretiser(arch, BlockSize.of(arch), ("hidden",), Rounding()).check(0.1)
+        Discretiser(Allowed(arch, BlockSize.of(arch), ("hidden",), Rounding())).check(0.1)
     with pytest.raises(ConfigError, match="--head-unit got 'query'; this model has one query head in each KV group"):
-        Discretiser(arch, BlockSize.of(arch), ("heads",), Rounding(), "query").check(0.1)
+        Discretiser(Allowed(arch, BlockSize.of(arch), ("heads",), Rounding(), "query")).check(0.1)
 
 
 @pytest.mark.parametrize("head_unit", ["group", "query"])
@@ -163,7 +164,7 @@ def test_a_target_shape_is_met_and_approached(head_unit: str) -> None:
     asked = parse_shape(("hidden=24", "heads=4", "intermediate=31", "layers=3"))
     shape = TargetShape.of(arch, size, head_unit, asked)
     kinds = tuple(shape.units)
-    discretiser = Discretiser(arch, size, kinds, Rounding(1, 16, 16), head_unit, True, shape)
+    discretiser = Discretiser(Allowed(arch, size, kinds, Rounding(1, 16, 16), head_unit, True), shape)
     scores = scores_of(arch, kinds, head_unit, 1)
     last = 0
     for part in (0.25, 0.5, 0.75, 1.0):
@@ -214,7 +215,7 @@ def test_each_type_of_attention_keeps_a_layer_on_the_way_to_a_shape() -> None:
     arch = ARCHS["gemma3"]  # sliding, full, sliding, full
     size = BlockSize.of(arch)
     shape = TargetShape.of(arch, size, "group", {"layers": 2})
-    discretiser = Discretiser(arch, size, ("layers",), Rounding(), uniform=True, shape=shape)
+    discretiser = Discretiser(Allowed(arch, size, ("layers",), Rounding(), uniform=True), shape)
     kept = discretiser({"layers": torch.tensor([4.0, 1.0, 3.0, 0.0])}, shape.sparsity)
     assert kept["attention"].tolist() == [True, True, False, False]
     with pytest.raises(ConfigError, match="layers=1; allowed for this model is 2 to 4"):

@@ -16,10 +16,11 @@ from test_trainer import Quiet
 from transformers import AutoModelForCausalLM
 
 from nuteprune import ExportOptions, PruneConfig, estimate, export_run, prune, resume, write_report
+from nuteprune.allowed import Allowed, Rounding
 from nuteprune.arch import Arch
 from nuteprune.balance import TRIES, measured_bias
 from nuteprune.cli import _merged
-from nuteprune.discretise import Discretiser, Rounding
+from nuteprune.discretise import Discretiser
 from nuteprune.errors import ConfigError
 from nuteprune.gates import Deterministic, GateSet
 from nuteprune.importance import flap, magnitude, taylor, unit_scores, wanda
@@ -199,7 +200,7 @@ def test_the_balance_takes_from_what_does_nothing(dead: str, most: Callable[[Ite
     masked = MaskedModel(model, arch, kinds := ("heads", "intermediate"), LoraOptions(2, 2.0))
     gates = GateSet(arch, kinds, Deterministic(0.5, 0.05), torch.Generator())
     before, size = masked.logits(text), BlockSize.of(arch)
-    discretiser = Discretiser(arch, size, kinds, Rounding())
+    discretiser = Discretiser(Allowed(arch, size, kinds, Rounding()))
     whole = {k: torch.ones(s) for k, s in mask_shapes(arch.dims).items()}
     scores = unit_scores("taylor", masked, gates, IDS)
     ticks: list[tuple[int, int]] = []

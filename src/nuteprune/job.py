@@ -192,19 +192,20 @@ def check_stock(config: PruneConfig, discretiser: Discretiser, dense: Pretrained
     Raises:
         ConfigError: names the widths, or the kind of unit of which a stock class cannot have fewer.
     """
-    arch, shape = discretiser.arch, discretiser.shape
+    allowed, shape = discretiser.allowed, discretiser.shape
+    family = allowed.arch.spec.model_type
     if shape is not None:
-        widths = discretiser.uniform_counts(shape.units)
-        if stock_config(dense, arch, widths) is None:
+        widths = allowed.uniform_counts(shape.units)
+        if stock_config(dense, allowed.arch, widths) is None:
             raise ConfigError(
-                f"--target-shape got {','.join(config.target_shape)}; no stock class of the {arch.spec.model_type} family "
+                f"--target-shape got {','.join(config.target_shape)}; no stock class of the {family} family "
                 "takes these widths. Try a hidden size that the heads divide, keep all heads, or prune by --sparsity."
             )
         return
     for kind in config.prune:
-        if stock_config(dense, arch, discretiser.uniform_counts(discretiser.one_step_less(kind))) is None:
+        if stock_config(dense, allowed.arch, allowed.uniform_counts(allowed.one_step_less(kind))) is None:
             raise ConfigError(
-                f"--uniform got --prune {kind}; the {arch.spec.model_type} family's stock class cannot have fewer of these. "
+                f"--uniform got --prune {kind}; the {family} family's stock class cannot have fewer of these. "
                 "Prune other units, or leave --uniform out."
             )
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 
+from nuteprune.allowed import Allowed, Rounding
 from nuteprune.arch import Arch
 from nuteprune.config import PruneConfig
-from nuteprune.discretise import Discretiser, Rounding
+from nuteprune.discretise import Discretiser
 from nuteprune.option_values import parse_shape
 from nuteprune.shape import TargetShape
 from nuteprune.size import BlockSize
@@ -25,14 +26,10 @@ def make_discretiser(config: PruneConfig, arch: Arch) -> Discretiser:
     """
     size = BlockSize.of(arch)
     asked = parse_shape(config.target_shape)
+    rounding = Rounding(config.round_heads, config.round_intermediate, config.round_hidden)
     return Discretiser(
-        arch=arch,
-        size=size,
-        kinds=config.prune,
-        rounding=Rounding(config.round_heads, config.round_intermediate, config.round_hidden),
-        head_unit=config.head_unit,
-        uniform=config.uniform,
-        shape=TargetShape.of(arch, size, config.head_unit, asked) if asked else None,
+        Allowed(arch, size, config.prune, rounding, config.head_unit, config.uniform),
+        TargetShape.of(arch, size, config.head_unit, asked) if asked else None,
     )
 
 

@@ -73,7 +73,7 @@ class Size:
         tensors = arch.dims.layers * len(arch.parameters) + 3
         discretiser = make_discretiser(config, arch)
         if discretiser.shape is not None:  # every width is known
-            shapes = compact_shapes(arch, discretiser.uniform_counts(discretiser.shape.units))
+            shapes = compact_shapes(arch, discretiser.allowed.uniform_counts(discretiser.shape.units))
             total, tensors = sum(map(math.prod, shapes.values())), len(shapes)
         return cls(full, after, arch.total, total, total * dtype.itemsize + HEADER * tensors, str(dtype).removeprefix("torch."))
 
