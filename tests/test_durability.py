@@ -20,6 +20,7 @@ from typing import Any
 
 import others
 import pytest
+import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
@@ -323,13 +324,44 @@ def test_a_gradient_that_jumps_is_told_once_and_counted(
 ) -> None:
     monkeypatch.setattr(stability, "LEAST", 5)
     factors |= dict.fromkeys((3, 7, 9), 1e4)
-    result = prune(durable.replace(out=str(tmp_path / "run")), reporter := Quiet())
+    result = prune(durable.replace(out=str(tmp_path / "run"), jump_limit=0.0), reporter := Quiet())
     told = [line for line in reporter.said if "gradient's norm jumped" in line]
     assert len(told) == 1  # the first one; none is told where too few steps are known, as before step 3
     assert "in step 7" in told[0]
     metrics = read_metrics(result.run / "metrics.jsonl")
     assert [m["gradient_jumps"] for m in metrics] == [0] * 7 + [1, 1] + [2] * (len(metrics) - 9)
     assert json.loads((result.run / "result.json").read_text())["gradient_jumps"] == 2
+
+
+@pytest.mark.parametrize("control", ["projection", "lagrangian"])
+def test_an_update_out_of_line_is_left_out(
+    durable: PruneConfig, tmp_path: Path, factors: dict[int, float], monkeypatch: pytest.MonkeyPatch, control: str
+) -> None:
+    monkeypatch.setattr(stability, "LEAST", 5)
+    monkeypatch.setattr(nuteprune.trainer, "MANY", 2)
+    factors |= dict.fromkeys((7, 13), 1e4)  # while gates learn, and after
+    moved: dict[int, bool] = {}
+    update = Trainer.update
+
+    def watched(trainer: Trainer, loss: Any, average: float, step: int) -> float:
+        trained = [*trainer.masked.lora.values(), *trainer.gates.parameters(), *trainer.control.parameters()]
+        before = [p.detach().clone() for p in trained]
+        norm = update(trainer, loss, average, step)
+        moved[step] = any(not torch.equal(p, b) for p, b in zip(trained, before, strict=True))
+        assert all(p.grad is None for p in trainer.masked.lora.values())
+        return norm
+
+    monkeypatch.setattr(Trainer, "update", watched)
+    result = prune(
+        durable.replace(out=str(tmp_path / "run"), control=control, jump_limit=100.0, repair=False), reporter := Quiet()
+    )
+    assert [step for step, any_ in moved.items() if not any_] == [7, 13]
+    metrics = read_metrics(result.run / "metrics.jsonl")
+    assert [m["gradient_jumps"] for m in metrics] == [0] * 7 + [1] * 6 + [2] * (len(metrics) - 13)
+    assert sum("2 updates left out" in line for line in reporter.said) == 1
+    assert [m["target_sparsity"] for m in metrics] == [
+        m["target_sparsity"] for m in read_metrics(Path(durable.out) / "metrics.jsonl")
+    ]
 
 
 def test_a_jump_is_measured_by_the_median_of_the_last_norms() -> None:
@@ -343,6 +375,7 @@ def test_a_jump_is_measured_by_the_median_of_the_last_norms() -> None:
     assert stability.jump(norms, 30.0) is None
     assert len(norms) == stability.WINDOW
     assert stability.jump([0.0] * stability.LEAST, 1.0) is None  # a model that had no gradient yet
+    assert stability.jump([1.0] * stability.LEAST, 5.0, limit=4.0) == 5.0
 
 
 @pytest.mark.parametrize("control", ["projection", "lagrangian"])

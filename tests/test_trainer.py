@@ -307,7 +307,7 @@ FELT: dict[str, Any] = {
 # Felt elsewhere: given by the fixture or by a test of its own.
 ELSEWHERE = {
     "model", "data", "text_key", "out", "tokens", "control_lr", "hidden_weight", "device", "gradient_checkpointing",
-    "checkpoint_every", "keep_checkpoints", "max_skipped", "load_in", "recipe", "save_dtype", "compile",
+    "checkpoint_every", "keep_checkpoints", "max_skipped", "jump_limit", "load_in", "recipe", "save_dtype", "compile",
     "track", "round_heads", "target_shape", "method", "repair", "repair_batches", "repair_damping", "passes",
 }  # fmt: skip
 

@@ -20,6 +20,7 @@ from experiments import RESULTS, chosen
 
 from nuteprune.evaluation.known_tasks import KNOWN
 
+WIDE = 3  # panels beside each other
 ABOVE = 2.0  # standard errors above chance at which the dense model must stand for a task to say something
 
 
@@ -191,8 +192,12 @@ def draw(groups: dict[str, list[Row]], shown: dict[str, list[Row]], folder: Path
         found = {title: lines for title, lines in panels.items() if any(len(points) > 1 for points in lines.values())}
         if not found:
             continue
-        figure, axes = plt.subplots(1, len(found), figsize=(4.6 * len(found), 4.2), layout="constrained", squeeze=False)
-        for panel, (title, lines) in zip(axes[0], sorted(found.items(), reverse=True), strict=True):
+        wide = min(len(found), WIDE)
+        high = -(-len(found) // wide)
+        figure, axes = plt.subplots(high, wide, figsize=(4.6 * wide, 4.2 * high), layout="constrained", squeeze=False)
+        for panel in axes.flat[len(found) :]:
+            panel.remove()
+        for panel, (title, lines) in zip(axes.flat, sorted(found.items(), reverse=True), strict=False):
             for name, points in sorted(lines.items()):
                 panel.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
             panel.set(xlabel=label)

@@ -170,6 +170,13 @@ class PruneConfig:
     )
     weight_decay: float = option(0.0, "Weight decay of LoRA.", PAPER, "LoRA")
     grad_clip: float = option(1.0, "Largest norm of the LoRA gradient; 0 turns clipping off.", "transformers' Trainer", "LoRA")
+    jump_limit: float = option(
+        4.0,
+        "Leave out the update of a step whose LoRA gradient's norm is more than this many times the median of the last 50; 0 "
+        "leaves none out.",
+        "one such update brings on others (docs/results.md)",
+        "LoRA",
+    )
 
     # Gates
     gates: str = option(

@@ -55,7 +55,7 @@ def _check_ranges(options: PruneConfig) -> None:
         need(name, 0.0 <= getattr(options, name) < 1.0, "a share from 0 to below 1")
     for name in ("lr", "gate_lr", "control_lr", "temperature", "repair_damping", "lora_plus"):
         need(name, getattr(options, name) > 0, "a number above 0")
-    for name in ("weight_decay", "grad_clip", "kl_weight", "hidden_weight", "lm_weight"):
+    for name in ("weight_decay", "grad_clip", "jump_limit", "kl_weight", "hidden_weight", "lm_weight"):
         need(name, getattr(options, name) >= 0, "a number from 0")
     need("head_bias", options.head_bias is None or abs(options.head_bias) <= 5, "a number from -5 to 5")
     need("lora_alpha", options.lora_alpha is None or options.lora_alpha > 0, "a number above 0")

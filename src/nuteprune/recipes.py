@@ -22,6 +22,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "ramp_shape": "linear",
         "repair": False,
         "lora_plus": 1.0,
+        "jump_limit": 0.0,
         "gates": "hard-concrete",
         "gate_init": "open",
         "gate_lr": 0.1,

@@ -39,7 +39,7 @@ from nuteprune.processes import Processes
 from nuteprune.recovery_start import start_recovery
 from nuteprune.roles import LoraOptions, Role
 from nuteprune.size import BlockSize, Unit
-from nuteprune.stability import jump
+from nuteprune.stability import JUMP, MANY, jump
 from nuteprune.state import TrainState, load_checkpoint, write_checkpoint
 from nuteprune.teachers import INTACT, Snapshot, TeacherBank, TeacherPolicy, teacher_name
 
@@ -312,7 +312,7 @@ class Trainer:
             step: number of the step.
 
         Returns:
-            The norm of the LoRA gradient over all processes before clipping; nan if the step is left out.
+            The norm of the LoRA gradient over all processes before clipping; nan if it or the loss is not finite.
 
         Raises:
             TrainingError: loss or gradients were not finite too often in a row; no weight has been changed.
@@ -331,7 +331,9 @@ class Trainer:
             if not (math.isfinite(norm) and math.isfinite(float(torch.nn.utils.get_total_norm(gates)))):
                 return self.skip("gradient", step)
             self.state.skipped_in_a_row = 0
-            self.watch(norm, step)
+            if self.out_of_line(norm, step):
+                self.leave_out()
+                return norm
             for group in self.lora_optimizer.param_groups:
                 group["lr"] = self.config.lr * lr_factor(self.config.lr_schedule, step, self.total) * group["ratio"]
             self.lora_optimizer.step()
@@ -344,18 +346,21 @@ class Trainer:
                 self.control.step()
         return norm
 
-    def watch(self, norm: float, step: int) -> None:
-        """Warns at the first step whose gradient norm is out of line, and counts them."""
-        times = jump(self.state.norms, norm)
+    def out_of_line(self, norm: float, step: int) -> bool:
+        """Whether a step's update is left out because its gradient's norm jumped; counts jumps, and tells once of them."""
+        limit = self.config.jump_limit
+        times = jump(self.state.norms, norm, limit or JUMP)
         if times is None:
-            return
+            return False
         self.state.jumps += 1
-        if self.state.jumps == 1:
+        if self.state.jumps == (MANY if limit else 1):
+            count = f", {MANY} updates left out so far" if limit else ""
             self.warn(
-                f"the gradient's norm jumped to {norm:.3g} in step {step}, {times:.0f} times its median: training is unstable, "
-                f"which costs quality; a run at a lower --lr (now {self.config.lr:g}) may end better. Later jumps are counted "
-                "as gradient_jumps"
+                f"the gradient's norm jumped to {norm:.3g} in step {step}, {times:.0f} times its median{count}: training is "
+                f"unstable, which costs quality; a run at a lower --lr (now {self.config.lr:g}) may end better. All jumps are "
+                "counted as gradient_jumps"
             )
+        return limit > 0
 
     def skip(self, what: str, step: int) -> float:
         """Leaves out the update of a step whose loss or gradient is not finite; returns nan, its gradient's norm.
@@ -368,10 +373,14 @@ class Trainer:
         if (row := self.state.skipped_in_a_row) > self.config.max_skipped:
             raise self.not_finite(f"{what} of step {step}", "" if row == 1 else f" ({row} steps in a row)")
         self.warn(f"step {step} is left out, because its {what} is not a finite number")
+        self.leave_out()
+        return math.nan
+
+    def leave_out(self) -> None:
+        """Forgets the gradients of a step that moves nothing."""
         self.lora_optimizer.zero_grad()
         self.gate_optimizer.zero_grad()
         self.control.drop()
-        return math.nan
 
     def not_finite(self, what: str, row: str = "") -> TrainingError:
         """The error of a run that cannot go on."""
