@@ -40,7 +40,7 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 SURFACE = """
 batch-size checkpoint-every compile config control control-lr data device dtype gate-init gate-init-batches gate-lr
 gate-moment gate-width gates grad-clip gradient-checkpointing head-bias head-unit help hidden-loss hidden-weight
-keep-checkpoints kl-weight lm-weight load-in lora-alpha lora-plus lora-rank lora-targets lr lr-schedule max-skipped
+jump-limit keep-checkpoints kl-weight lm-weight load-in lora-alpha lora-plus lora-rank lora-targets lr lr-schedule max-skipped
 method out passes prune quiet ramp-shape recipe recovery repair repair-batches repair-damping round-heads round-hidden
 round-intermediate save-dtype seed seq-len snapshot-every sparsity steps target-shape teacher-lag teachers temperature
 text-key tokens track uniform walk-back warmup weight-decay

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the change by repair, tried under LoRA that was trained
 SHARE = "how much of the repair helps"  # shown
-COMPARED = 16  # steps' batches, the next to be trained on, that they are compared on
+COMPARED = 16  # steps' batches, the next to be trained on, that they are compared on; at most an eighth of the steps
 
 
 def start_recovery(trainer: Trainer, masks: Masks) -> None:
@@ -83,7 +83,7 @@ def best_share(trainer: Trainer, masks: Masks, solved: dict[str, Tensor]) -> dic
 
 def _ahead(trainer: Trainer) -> Iterator[tuple[Tensor, Tensor | None]]:
     """The batches that come next and, where there are teachers, the intact model's hidden states on them."""
-    config = trainer.config
-    for step in range(trainer.state.step, trainer.state.step + COMPARED):
+    config, first = trainer.config, trainer.state.step
+    for step in range(first, first + min(COMPARED, max(1, trainer.total // 8))):
         batch = trainer.blocks.batch(step, config.batch_size, config.seed).to(trainer.masked.device)
         yield batch, None if config.teachers == "none" else trainer.teach(INTACT, batch, None)
