@@ -33,6 +33,7 @@ from nuteprune.measuring import FreshProcess, in_fresh_process
 from nuteprune.options import COST_OPTIONS
 from nuteprune.progress import Reporter, read_metrics
 from nuteprune.recipes import SHAPE_DECIDES
+from nuteprune.recovery_start import SHARE, compared
 from nuteprune.roles import LoraOptions
 from nuteprune.trainer import FIRST_CHECKPOINT
 
@@ -102,6 +103,19 @@ def test_run_time_multiplies_out(small_run: PruneConfig) -> None:
     assert when.end == pytest.approx(4.0 + (13 - 4) * 0.5)  # a tenth of the blocks is held out
     assert when.between == pytest.approx(5.0 + 2 * 0.25)  # what the first step took longer; 3 checkpoints, one was rehearsed
     assert when.total == pytest.approx(8 + 19 + 8.4 + 185 + 5.5 + 8.5)
+
+
+def test_the_comparison_of_repairs_grows_with_the_run(small_run: PruneConfig) -> None:
+    config = small_run.replace(steps=100, teachers="intact", batch_size=1)
+    mini = miniature(config, config.out)
+    assert (compared(config.total_steps), compared(mini.total_steps)) == (12, 2)
+    steps = [(point, 1.0) for point in timetable(mini)]
+
+    def end(*stages: Stage) -> float:
+        known = [Stage(FIRST_CHECKPOINT, 9.0, 10.0), *stages]
+        return run_time(config, Rehearsal(99.0, known, steps, 0.25, 90.0, None, None), 0.0).end
+
+    assert end(Stage(SHARE, 30.0, 32.0)) - end() == pytest.approx(2.0 * 5)  # six times as many batches, a sixth was timed
 
 
 # -- the fresh process -------------------------------------------------------------------------------------------------

@@ -81,9 +81,14 @@ def best_share(trainer: Trainer, masks: Masks, solved: dict[str, Tensor]) -> dic
     return taken
 
 
+def compared(steps: int) -> int:
+    """Batches that shares of the repair are compared on in a run of this many steps."""
+    return min(COMPARED, max(1, steps // 8))
+
+
 def _ahead(trainer: Trainer) -> Iterator[tuple[Tensor, Tensor | None]]:
     """The batches that come next and, where there are teachers, the intact model's hidden states on them."""
     config, first = trainer.config, trainer.state.step
-    for step in range(first, first + min(COMPARED, max(1, trainer.total // 8))):
+    for step in range(first, first + compared(trainer.total)):
         batch = trainer.blocks.batch(step, config.batch_size, config.seed).to(trainer.masked.device)
         yield batch, None if config.teachers == "none" else trainer.teach(INTACT, batch, None)

@@ -28,7 +28,7 @@ from nuteprune.job import BLOCKS, HELD_OUT, resume
 from nuteprune.models import Source, describe, pick_device
 from nuteprune.progress import Counter as LiveCounter
 from nuteprune.progress import Reporter
-from nuteprune.recovery_start import SHARE
+from nuteprune.recovery_start import SHARE, compared
 from nuteprune.repair import STAGE as REPAIR
 from nuteprune.report.facts import CONFIG, RESULT
 from nuteprune.trainer import FIRST_CHECKPOINT
@@ -275,9 +275,12 @@ def run_time(config: PruneConfig, rehearsed: Rehearsal, start_up: float) -> RunT
     apart = min(HELD_OUT, (config.blocks + HELD_OUT) // 10)
     trained = rehearsed.trained or ready.ended  # a run without steps
     end = rehearsed.seconds - trained + sum((apart - len(stage.ticks)) * stage.each for stage in last)
-    repair = sum(stage.ended - stage.began for stage in rehearsed.stages if stage.name == REPAIR)
-    more = config.repair_sequences / mini.repair_sequences - 1.0 if mini.repair_sequences else 0.0
-    end += repair * more
+    if mini.repair_sequences:
+        for name, times in (
+            (REPAIR, config.repair_sequences / mini.repair_sequences),
+            (SHARE, compared(config.total_steps) / compared(mini.total_steps)),
+        ):
+            end += (times - 1.0) * sum(stage.ended - stage.began for stage in rehearsed.stages if stage.name == name)
     between = trained - ready.ended - sum(seconds for _, seconds in rehearsed.steps) + rehearsed.first_steps()
     between += rehearsed.saving * (_checkpoints(config) - _checkpoints(mini))
     steps = {point: (count, rehearsed.step_seconds(point)) for point, count in Counter(timetable(config)).items()}
