@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from conftest import KINDS, random_masks, tiny_config
 
 from nuteprune.arch import Arch
 from nuteprune.balance import favoured
+from nuteprune.config import PruneConfig
 from nuteprune.control import LagrangianControl, ProjectionControl, schedule
-from nuteprune.gate_optimizer import LIMIT, gate_optimizer
+from nuteprune.gate_optimizer import LIMIT, gate_optimizer, gate_rate
 from nuteprune.gates import BETA, GAMMA, OPEN, ZETA, Deterministic, GateSet, HardConcrete, unit_shapes
 from nuteprune.importance import standardised
 from nuteprune.masks import mask_shapes
@@ -240,6 +242,27 @@ def test_no_gate_leaps_and_none_moves_without_gradients() -> None:
     assert travelled[0].item() == pytest.approx(LIMIT * 0.02)
     assert not travelled[1:].any()
     assert not _travel(torch.zeros(3, 4)).any()
+
+
+def _rate(steps: int, sparsity: float, **options: Any) -> float:
+    """Of gates that learn for a quarter of so many steps."""
+    return gate_rate(PruneConfig.create(steps=steps, sparsity=sparsity, **options))
+
+
+@pytest.mark.parametrize("sparsity", [0.1, 0.25, 0.3, 0.5])
+def test_gates_travel_as_far_in_a_long_run_as_in_a_longer_one(sparsity: float) -> None:
+    rates = {steps: _rate(steps, sparsity) for steps in (20, 200, 2000, 20_000)}
+    assert rates[20] == rates[200] == 0.02
+    assert rates[2000] < 0.02
+    assert 500 * rates[2000] == pytest.approx(5000 * rates[20_000])
+    assert 500 * rates[2000] >= 1.5
+    assert _rate(2000, sparsity + 0.1) >= rates[2000]  # deeper cuts, further
+
+
+def test_a_rate_that_is_given_is_the_rate_and_multipliers_want_the_fastest() -> None:
+    assert _rate(20_000, 0.25, gate_lr=0.3) == 0.3
+    assert _rate(20_000, 0.25, control="lagrangian") == 0.02
+    assert _rate(20_000, 0.25, recipe="paper") == 0.1
 
 
 def test_importance_start_orders_units_and_favours_heads() -> None:

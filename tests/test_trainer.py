@@ -54,11 +54,17 @@ def _run(config: PruneConfig, reporter: Quiet | None = None) -> tuple[PruneResul
     return result, read_metrics(result.run / "metrics.jsonl")
 
 
+def test_gates_of_a_long_run_move_slowly(small_run: PruneConfig) -> None:
+    _, metrics = _run(small_run.replace(steps=500, teachers="intact", gate_init_batches=1), Quiet(interrupt_after=1))
+    assert [m["gate_lr"] for m in metrics] == pytest.approx([1.5 / 325] * len(metrics))  # steps before recovery
+
+
 def test_teachers_serve_in_order_and_sizes_are_exact(small_run: PruneConfig) -> None:
     result, metrics = _run(small_run.replace(head_bias=3.0))  # a head alone is 6 % of this model, so they go last
     ramp = [m for m in metrics if m["phase"] == "ramp"]
     rest = [m for m in metrics if m["phase"] != "ramp"]
     assert [m["phase"] for m in metrics] == ["ramp"] * 12 + ["walk-back"] * 4 + ["recovery"] * 8
+    assert ["gate_lr" in m for m in metrics] == [True] * 16 + [False] * 8  # masks that are frozen have none
 
     # ramp: the intact model until there are more records than the lag, then the record that far back
     for m in ramp:

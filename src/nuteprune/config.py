@@ -174,7 +174,7 @@ class PruneConfig:
         4.0,
         "Leave out the update of a step whose LoRA gradient's norm is more than this many times the median of the last 50; 0 "
         "leaves none out.",
-        "one such update brings on others (docs/results.md)",
+        "one such update brings on others (docs/experiments.md)",
         "LoRA",
     )
 
@@ -205,17 +205,21 @@ class PruneConfig:
         None,
         "Standard deviations by which the importance of heads and whole blocks is favoured over that of channels; flap has a "
         "balance of its own. If not given, the one from -0.75 to 1.25 is taken whose cut predicts calibration text best.",
-        "the best one differs by model, sparsity and text (docs/results.md)",
+        "the best one differs by model, sparsity and text (docs/experiments.md)",
         "Gates",
     )
-    gate_lr: float = option(
-        0.02, "Learning rate of the gates.", "0.02 beat 0.1 in short runs, design notes; the paper uses 0.1", "Gates"
+    gate_lr: float | None = option(
+        None,
+        "Learning rate of the gates. If not given, 0.02, or less in long runs: so much that gates travel 1.5 standard "
+        "deviations of importance in all, further above 25 % sparsity.",
+        "docs/experiments.md, how far gates travel; the paper uses 0.1",
+        "Gates",
     )
     gate_moment: str = option(
         "own",
         "What Adam divides a gate's gradient by: its own size (own), which moves all gates alike, or the mean of its kind "
         "(shared), which moves those further that matter more.",
-        "shared is 2 % better in runs of 100 steps and even in runs of 293 (docs/results.md)",
+        "shared is 2 % better in runs of 100 steps and even in runs of 293 (docs/experiments.md)",
         "Gates",
         ("shared", "own"),
     )

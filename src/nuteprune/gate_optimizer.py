@@ -1,14 +1,37 @@
-"""How gates move: by Adam, or by Adam whose scale all gates of a kind share."""
+"""How gates move: how fast, and by Adam or by Adam whose scale all gates of a kind share."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+if TYPE_CHECKING:
+    from nuteprune.config import PruneConfig
+
 FIRST, SECOND = 0.9, 0.99  # decay of the mean gradient, and of its size
 LIMIT = 10.0  # times the learning rate: the furthest that a gate moves in a step
+FASTEST = 0.02  # learning rate of runs that are short enough for it
+TRAVEL, FURTHER = 1.5, 18.0  # how far gates may go in all; and further for each unit of sparsity above LIGHT
+LIGHT = 0.25
+
+
+def gate_rate(config: PruneConfig) -> float:
+    """The gates' learning rate: `gate_lr`, or one by which they do not travel too far before the masks freeze.
+
+    Gates start at the standardised importance of their units and Adam moves each by about the rate a step, so rate times
+    steps is how many standard deviations they can go. Those that go far fit the training text at the cost of other text
+    (docs/experiments.md, "How far gates travel"); a deep cut, of which importance says less, wants them to go further. With
+    multipliers in place of projection gates must travel to reach the target at all, so there the rate is the fastest.
+    """
+    if config.gate_lr is not None:
+        return config.gate_lr
+    if config.control == "lagrangian":
+        return FASTEST
+    furthest = TRAVEL + FURTHER * max(0.0, config.sparsity - LIGHT)
+    return min(FASTEST, furthest / max(config.freeze_step, 1))
 
 
 class SharedMoment(torch.optim.Optimizer):

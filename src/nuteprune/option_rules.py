@@ -53,12 +53,13 @@ def _check_ranges(options: PruneConfig) -> None:
     need("tokens", options.tokens is None or options.tokens in none or options.tokens >= least, f"{at_least} two steps' worth")
     for name in ("warmup", "recovery"):
         need(name, 0.0 <= getattr(options, name) < 1.0, "a share from 0 to below 1")
-    for name in ("lr", "gate_lr", "control_lr", "temperature", "repair_damping", "lora_plus"):
+    for name in ("lr", "control_lr", "temperature", "repair_damping", "lora_plus"):
         need(name, getattr(options, name) > 0, "a number above 0")
     for name in ("weight_decay", "grad_clip", "jump_limit", "kl_weight", "hidden_weight", "lm_weight"):
         need(name, getattr(options, name) >= 0, "a number from 0")
     need("head_bias", options.head_bias is None or abs(options.head_bias) <= 5, "a number from -5 to 5")
-    need("lora_alpha", options.lora_alpha is None or options.lora_alpha > 0, "a number above 0")
+    for name in ("lora_alpha", "gate_lr"):
+        need(name, getattr(options, name) is None or getattr(options, name) > 0, "a number above 0")
     need("snapshot_every", 0.001 <= options.snapshot_every <= 0.5, "a share from 0.001 to 0.5")
     width = options.gate_width
     need("gate_width", len(width) == 2 and width[0] >= width[1] > 0, "two numbers, start,end, with start >= end > 0")

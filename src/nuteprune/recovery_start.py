@@ -2,7 +2,7 @@
 
 The repair (`repair`) is solved without the student's LoRA weights, which come back on top of it: it mends what the masks took
 from the intact weights, as it does for a student that was never trained. Solved with LoRA in place it bends the student's
-stream, which training has led elsewhere, back to the intact model's, and undoes more than it mends (docs/results.md has the
+stream, which training has led elsewhere, back to the intact model's, and undoes more than it mends (docs/experiments.md has the
 figures). LoRA has made up for a part already, so how much of the change is taken is measured: all of it, less, or nothing.
 """
 

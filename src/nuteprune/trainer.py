@@ -26,7 +26,7 @@ from nuteprune.config import PruneConfig
 from nuteprune.control import Controller, LagrangianControl, ProjectionControl, schedule
 from nuteprune.data import Blocks
 from nuteprune.errors import TrainingError
-from nuteprune.gate_optimizer import gate_optimizer
+from nuteprune.gate_optimizer import gate_optimizer, gate_rate
 from nuteprune.gate_start import start_gates
 from nuteprune.gates import Deterministic, Gate, GateSet, HardConcrete
 from nuteprune.graphed import Recorder
@@ -111,7 +111,7 @@ class Trainer:
             lr=config.lr,
             weight_decay=config.weight_decay,
         )
-        self.gate_optimizer = gate_optimizer(config.gate_moment, self.gates.parameters(), config.gate_lr)
+        self.gate_optimizer = gate_optimizer(config.gate_moment, self.gates.parameters(), gate_rate(config))
 
         self.policy = TeacherPolicy(config.teachers, config.teacher_lag, self.total, config.walk_back)
         self.bank = TeacherBank(folder / "teachers")
@@ -216,7 +216,7 @@ class Trainer:
             "seconds": self.state.seconds,
         }
         if self.masks is None:
-            metrics |= self.control.metrics()
+            metrics |= {"gate_lr": self.gate_optimizer.param_groups[0]["lr"]} | self.control.metrics()
             self.after_step(step, sparsity)
         return metrics
 
@@ -387,7 +387,7 @@ class Trainer:
         return TrainingError(
             f"the {what} is not a finite number{row}; the last good checkpoint is kept in "
             f"{self.folder / 'checkpoints'}. Try a lower --lr (now {self.config.lr:g}) or --gate-lr (now "
-            f"{self.config.gate_lr:g}), or --dtype float32, in a new run."
+            f"{gate_rate(self.config):g}), or --dtype float32, in a new run."
         )
 
     # -- sparsity and teachers ----------------------------------------------------------------------------------------
