@@ -26,6 +26,8 @@ UNITS = ("heads", "intermediate", "hidden", "attention", "mlp", "layers")
 PAPER = "NutePrune's published script"
 RECIPE = "the recipe measured in docs/results.md; not ablated"
 CHOSEN = "docs/results.md, what each part gives"
+SHORT = "docs/experiments.md, parts of the recipe in short runs"
+REPAIRED = "docs/experiments.md, heads against channels, and repair"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,8 +124,8 @@ class PruneConfig:
         None, "Training tokens (or give --steps). 150,000 if neither is given.", "budget of the measured bars", "Budget"
     )
     steps: int | None = option(None, "Training steps (or give --tokens).", "none", "Budget")
-    batch_size: int = option(2, "Sequences a step.", RECIPE, "Budget")
-    seq_len: int = option(256, "Tokens a sequence.", RECIPE, "Budget")
+    batch_size: int = option(2, "Sequences a step.", SHORT, "Budget")
+    seq_len: int = option(256, "Tokens a sequence.", SHORT, "Budget")
     warmup: float = option(
         0.15, "Share of the steps over which the target sparsity grows from 0 to --sparsity.", CHOSEN, "Budget"
     )
@@ -139,7 +141,7 @@ class PruneConfig:
     )
 
     # LoRA
-    lora_rank: int = option(16, "Rank of the LoRA weights.", RECIPE, "LoRA")
+    lora_rank: int = option(16, "Rank of the LoRA weights.", CHOSEN, "LoRA")
     lora_alpha: float | None = option(None, "LoRA alpha; the rank if not given (scale 1).", PAPER, "LoRA")
     lora_targets: tuple[str, ...] = option(
         ("all",),
@@ -210,8 +212,8 @@ class PruneConfig:
     )
     gate_lr: float | None = option(
         None,
-        "Learning rate of the gates. If not given, 0.02, or less in long runs: so much that gates travel 1.5 standard "
-        "deviations of importance in all, further above 25 % sparsity.",
+        "Learning rate of the gates. If not given, 0.02, or in long runs the rate at which gates travel at most 1.5 standard "
+        "deviations of importance in all (more above 25 % sparsity: 6 at 50 %); always 0.02 with --control lagrangian.",
         "docs/experiments.md, how far gates travel; the paper uses 0.1",
         "Gates",
     )
@@ -247,14 +249,14 @@ class PruneConfig:
         "Once the masks are hard, solve the output projections anew by least squares, for what is left of their inputs, "
         "taking as much of the change as lowers the next batches' loss. Off if not asked for with a one-shot --method and "
         "with --load-in.",
-        CHOSEN,
+        REPAIRED,
         "Repair",
     )
     repair_batches: int = option(
-        64, "Batches of training text that the repair is solved on; at most a quarter of the steps.", CHOSEN, "Repair"
+        64, "Batches of training text that the repair is solved on; at most a quarter of the steps.", REPAIRED, "Repair"
     )
     repair_damping: float = option(
-        0.3, "Weight of staying near the weights there are, in mean squares of the inputs.", CHOSEN, "Repair"
+        0.3, "Weight of staying near the weights there are, in mean squares of the inputs.", REPAIRED, "Repair"
     )
 
     # Teachers and losses
@@ -272,14 +274,14 @@ class PruneConfig:
         False,
         "Teachers walk back over the records, to ever denser ones, once the target is reached; else the intact model takes "
         "over at once.",
-        f"{CHOSEN}; the paper walks back",
+        "docs/results.md, what the numerous teachers give; the paper walks back",
         "Teachers and losses",
     )
     snapshot_every: float = option(
         0.01, "Sparsity between two records of the teacher bank.", "the paper", "Teachers and losses"
     )
     kl_weight: float = option(
-        0.5, "Weight of the KL term on the logits (times temperature squared).", CHOSEN, "Teachers and losses"
+        0.5, "Weight of the KL term on the logits (times temperature squared).", SHORT, "Teachers and losses"
     )
     temperature: float = option(
         1.0,
@@ -299,7 +301,7 @@ class PruneConfig:
     lm_weight: float = option(
         0.5,
         "Weight of the language-model loss beside distillation (with --teachers none it is the loss).",
-        f"{CHOSEN}; the paper has none",
+        f"{SHORT}; the paper has none",
         "Teachers and losses",
     )
 
