@@ -26,7 +26,7 @@ class Experiment:
         name: what differs from the others of the group.
         seed: of the run.
         options: of `nuteprune prune`; data files relative to the data folder. Empty: the dense model is evaluated.
-        evaluate: `ppl` (texts relative to the data folder, or names that `nuteprune eval` knows), `windows`, and perhaps
+        evaluate: `ppl` (texts relative to the data folder, names that `nuteprune eval` knows, or `plain`, see plain.py), `windows`, and perhaps
             `dtype`, `tasks`, `limit` (rows of each task), `skip` (rows left out before them) and `batch_size` (of the tasks).
     """
 

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 import yaml
 from experiments import LIST, RESULTS, Experiment, read
+from plain import plain
 
 from nuteprune import files
 from nuteprune.errors import NutePruneError
@@ -111,7 +112,11 @@ def run(experiment: Experiment, data: Path, work: Path, keep: bool, nuteprune: C
             save_text(given, yaml.safe_dump(options))
             nuteprune(*(["resume", str(folder)] if folder.is_dir() else ["prune", "--config", str(given)]))
     rows = rows_after(experiment.evaluate.get("skip", 0), data / "zeroshot", work)
-    nuteprune("eval", subject, "--json", str(record), *protocol(experiment.evaluate, data, rows, record.is_file()))
+    texts = [
+        str(plain(data, work / "plain.txt") if text == "plain" else data / text if "." in text else text)
+        for text in experiment.evaluate["ppl"]
+    ]
+    nuteprune("eval", subject, "--json", str(record), *protocol(experiment.evaluate, texts, data, rows, record.is_file()))
 
     figures: dict[str, Any] = {}
     if experiment.options:
@@ -158,11 +163,11 @@ def rows_after(skip: int, rows: Path, work: Path) -> Path:
     return made
 
 
-def protocol(evaluate: dict[str, Any], data: Path, rows: Path, begun: bool) -> list[str]:
-    """Arguments of `nuteprune eval`; `rows` is the folder of the tasks' files."""
+def protocol(evaluate: dict[str, Any], texts: list[str], data: Path, rows: Path, begun: bool) -> list[str]:
+    """Arguments of `nuteprune eval` for these texts; `rows` is the folder of the tasks' files."""
     found = ["--data-dir", str(data)]
-    for text in evaluate["ppl"]:
-        found += ["--ppl", str(data / text) if "." in text else text]
+    for text in texts:
+        found += ["--ppl", text]
     for name in ("windows", "dtype"):
         found += [f"--{name}", str(evaluate[name])] if name in evaluate else []
     if "tasks" in evaluate:

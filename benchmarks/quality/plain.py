@@ -1,0 +1,49 @@
+"""Makes a text to choose a recipe by that is written as Penn Treebank is, which itself is kept for the end.
+
+Lower case, no punctuation, `<unk>` for rare words, `N` for numbers, a sentence a line: from the articles of WikiText-2 train's `<unk>` form
+that are not among those trained on.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+from pathlib import Path
+
+UNK, TRAINED_ON = "train/wikitext2_train_unk.jsonl.gz", "train/wikitext2_train_raw_part.jsonl.gz"
+EVERY = 45  # articles: a spread of subjects, and enough for 64 windows of 1,024 tokens
+
+
+def plain(data: Path, target: Path) -> Path:
+    """The text's file, made where it is not there yet; `data` is the folder of the data sets."""
+    if not target.is_file():
+        trained_on = {title(text) for text in texts(data / TRAINED_ON)}
+        kept = [text for text in texts(data / UNK) if title(text) not in trained_on | {None}][::EVERY]
+        target.write_text("".join(f" {line} \n" for text in kept for line in sentences(text)), encoding="utf-8")
+    return target
+
+
+def texts(path: Path) -> list[str]:
+    """The documents of a file."""
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        return [json.loads(line)["text"] for line in file]
+
+
+def title(text: str) -> str | None:
+    """The article's title; None for a piece that does not begin with one."""
+    found = re.match(r"\s*= ([^=]+) =\s*\n", text)
+    return found and found[1]
+
+
+def sentences(text: str) -> list[str]:
+    """The sentences of an article, without its headings."""
+    found = []
+    for line in text.split("\n"):
+        if line.strip() and not line.strip().startswith("="):
+            joined = re.sub(r" @(.)@ ", r"\1", line.lower())
+            for sentence in re.split(r" [.!?;] ", joined):
+                words = ["N" if re.search(r"\d", word) else word for word in sentence.split() if re.search(r"\w|[$%&]", word)]
+                if len(words) > 1:
+                    found.append(" ".join(words))
+    return found
