@@ -14,7 +14,7 @@ from nuteprune.balance import favoured
 from nuteprune.config import PruneConfig
 from nuteprune.control import LagrangianControl, ProjectionControl, schedule
 from nuteprune.gate_optimizer import LIMIT, gate_optimizer, gate_rate
-from nuteprune.gates import BETA, GAMMA, OPEN, ZETA, Deterministic, GateSet, HardConcrete, unit_shapes
+from nuteprune.gates import BETA, GAMMA, OPEN, ZETA, Deterministic, GateSet, HardConcrete, gate_of, unit_shapes
 from nuteprune.importance import standardised
 from nuteprune.masks import mask_shapes
 from nuteprune.size import BlockSize
@@ -263,6 +263,39 @@ def test_a_rate_that_is_given_is_the_rate_and_multipliers_want_the_fastest() -> 
     assert _rate(20_000, 0.25, gate_lr=0.3) == 0.3
     assert _rate(20_000, 0.25, control="lagrangian") == 0.02
     assert _rate(20_000, 0.25, recipe="paper") == 0.1
+
+
+@pytest.mark.parametrize(
+    ("options", "band"),
+    [
+        ({}, (0.01, 0.001)),
+        ({"gate_init": "magnitude"}, (0.01, 0.001)),
+        ({"gate_init": "open"}, (0.5, 0.05)),
+        ({"control": "lagrangian"}, (0.5, 0.05)),
+        ({"gate_init": "open", "gate_width": (0.2, 0.1)}, (0.2, 0.1)),
+    ],
+)
+def test_gates_are_hard_where_they_start_apart(options: dict[str, Any], band: tuple[float, float]) -> None:
+    gate = gate_of(PruneConfig.create(**options))
+    assert isinstance(gate, Deterministic)
+    found = []
+    for progress in (0.0, 1.0):
+        gate.anneal(progress)
+        edge = torch.tensor([-gate.mu, gate.mu])  # the band: closed at its one end, open at its other, in between inside
+        assert gate.value(edge).tolist() == pytest.approx([0.0, 1.0], abs=2e-3)
+        assert 0.1 < float(gate.value(torch.tensor(0.5 * gate.mu))) < 0.9
+        found.append(gate.mu)
+    assert tuple(found) == pytest.approx(band)
+
+
+def test_hard_gates_are_ones_and_zeros_and_all_of_them_learn() -> None:
+    gates = _gates(gate_of(PruneConfig.create()), spread=1.0)
+    units = gates.keep(gates.scores())
+    values = torch.cat([v.flatten() for k, v in units.items() if k in gates.log_alpha])
+    assert float(((values == 0) | (values == 1)).float().mean()) > 0.95
+    sum(v.sum() for v in units.values()).backward()
+    for parameter in gates.log_alpha.values():
+        assert float(parameter.grad.min()) > 0.01  # also far from the threshold
 
 
 def test_importance_start_orders_units_and_favours_heads() -> None:

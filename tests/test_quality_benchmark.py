@@ -153,8 +153,32 @@ def test_rows_that_choose_are_not_those_that_are_reported(modules: dict[str, Mod
     stamp = (found / "a_test.jsonl").stat().st_mtime_ns
     assert after(3, rows, work) == found
     assert (found / "a_test.jsonl").stat().st_mtime_ns == stamp
-    given = modules["run"].protocol({"ppl": [], "tasks": "a", "limit": 2}, tmp_path, found, False)
+    given = modules["run"].protocol({"tasks": "a", "limit": 2}, [], tmp_path, found, False)
     assert given[given.index("--task-data") + 1] == str(found)
+
+
+def test_options_of_learned_runs_are_not_those_of_one_shot_ones(modules: dict[str, ModuleType], tmp_path: Path) -> None:
+    runs = {"dense": {}, "a": {}, "own": {"gate_width": [0.3, 0.1]}, "taylor": {"method": "taylor"}}
+    group = {"learned": {"gate_width": [0.5, 0.05]}, "evaluate": {"ppl": []}, "runs": runs}
+    (tmp_path / "list.yaml").write_text(yaml.safe_dump({"options": {"seq_len": 16}, "groups": {"g": group}}))
+    found = {e.name: e.options.get("gate_width") for e in modules["experiments"].read(tmp_path / "list.yaml")}
+    assert found == {"dense": None, "a": [0.5, 0.05], "own": [0.3, 0.1], "taylor": None}
+
+
+def test_a_text_in_the_manner_of_penn_treebank(modules: dict[str, ModuleType], tmp_path: Path) -> None:
+    from plain import EVERY, TRAINED_ON, UNK, plain
+
+    article = " \n = {} = \n \n = = Life = = \n The <unk> @-@ born Man , aged 2 @.@ 5 , went . He 's gone in 1999 ! \n"
+    (tmp_path / "train").mkdir()
+    for name, articles in ((TRAINED_ON, ["A"]), (UNK, ["A", *(f"B {i}" for i in range(EVERY + 1))])):
+        with gzip.open(tmp_path / name, "wt", encoding="utf-8") as file:
+            file.writelines(json.dumps({"text": article.format(a)}) + "\n" for a in articles)
+            file.write(json.dumps({"text": "a piece without a title"}) + "\n")
+    made = plain(tmp_path, tmp_path / "plain.txt")
+    assert made.read_text() == " the <unk>-born man aged N went \n he 's gone in N \n" * 2  # the first and one EVERY later
+    with gzip.open(tmp_path / UNK, "wt") as file:
+        file.write("")
+    assert plain(tmp_path, made).read_text().count("N") == 4  # made once
 
 
 def test_pictures_and_tables_compare_like_with_like(modules: dict[str, ModuleType], tmp_path: Path, capsys: Any) -> None:

@@ -26,8 +26,9 @@ class Experiment:
         name: what differs from the others of the group.
         seed: of the run.
         options: of `nuteprune prune`; data files relative to the data folder. Empty: the dense model is evaluated.
-        evaluate: `ppl` (texts relative to the data folder, names that `nuteprune eval` knows, or `plain`, see plain.py), `windows`, and perhaps
-            `dtype`, `tasks`, `limit` (rows of each task), `skip` (rows left out before them) and `batch_size` (of the tasks).
+        evaluate: `ppl` (texts relative to the data folder, names that `nuteprune eval` knows, or `plain`, see plain.py),
+            `windows`, and perhaps `dtype`, `tasks`, `limit` (rows of each task), `skip` (rows left out before them) and
+            `batch_size` (of the tasks).
     """
 
     group: str
@@ -51,8 +52,8 @@ def read(path: Path = LIST, only: str = "*") -> list[Experiment]:
     """The experiments of a list, in its order.
 
     Args:
-        path: YAML: `options` for all; `groups` with `options`, `evaluate`, `seeds` and `runs`, a mapping of names to options
-            (and `seeds`).
+        path: YAML: `options` for all; `groups` with `options`, `learned` (options of runs without a one-shot method),
+            `evaluate`, `seeds` and `runs`, a mapping of names to options (and `seeds`).
         only: a pattern for their keys, with the seed or without, such as "ablation/*"; several, separated by commas.
 
     Raises:
@@ -61,7 +62,7 @@ def read(path: Path = LIST, only: str = "*") -> list[Experiment]:
     listed = yaml.safe_load(path.read_text(encoding="utf-8"))
     found = []
     for group, content in listed["groups"].items():
-        if unknown := set(content) - {"options", "evaluate", "seeds", "runs", "about"}:
+        if unknown := set(content) - {"options", "learned", "evaluate", "seeds", "runs", "about"}:
             raise SystemExit(f"{path}: group {group} has the unknown keys {', '.join(sorted(unknown))}")
         for name, own in content["runs"].items():
             own = dict(own or {})
@@ -71,7 +72,9 @@ def read(path: Path = LIST, only: str = "*") -> list[Experiment]:
             if not re.fullmatch(r"[a-z0-9.-]+", name):
                 raise SystemExit(f"{path}: {group}/{name} is not a name of small letters, digits, points and dashes")
             for seed in seeds:
-                options = {} if name == "dense" else listed["options"] | content.get("options", {}) | own
+                options = listed["options"] | content.get("options", {})
+                options |= ({} if "method" in options | own else content.get("learned", {})) | own
+                options = {} if name == "dense" else options
                 found.append(Experiment(group, name, seed, options, content["evaluate"]))
     names = [(e.key, f"{e.group}/{e.name}") for e in found]
     stands = chosen(names, only, f"experiment of {path}; write group/run or group/run-sSEED")

@@ -1,7 +1,7 @@
 """Makes a text to choose a recipe by that is written as Penn Treebank is, which itself is kept for the end.
 
-Lower case, no punctuation, `<unk>` for rare words, `N` for numbers, a sentence a line: from the articles of WikiText-2 train's `<unk>` form
-that are not among those trained on.
+Lower case, no punctuation, `<unk>` for rare words, `N` for numbers, a sentence a line: from those articles of WikiText-2
+train's `<unk>` form that are not trained on.
 """
 
 from __future__ import annotations

@@ -225,10 +225,11 @@ class PruneConfig:
         "Gates",
         ("shared", "own"),
     )
-    gate_width: tuple[float, ...] = option(
-        (0.5, 0.05),
-        "Deterministic gates: half-width of the soft band at the start and when the masks freeze.",
-        "arXiv 2603.08065",
+    gate_width: tuple[float, ...] | None = option(
+        None,
+        "Deterministic gates: half-width of the band in which they are soft, at the start and when the masks freeze. If not "
+        "given, 0.01,0.001, so that gates are hard while they learn; 0.5,0.05 with --gate-init open or --control lagrangian.",
+        "docs/experiments.md, gates that are hard while they learn; arXiv 2603.08065 has 0.5,0.05",
         "Gates",
     )
 

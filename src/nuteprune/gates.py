@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nuteprune.arch import Arch, Dims
-from nuteprune.config import UNITS
+from nuteprune.config import UNITS, PruneConfig
 from nuteprune.control import balanced
 from nuteprune.masks import Masks, mask_shapes
 from nuteprune.size import Unit
@@ -22,6 +22,7 @@ from nuteprune.size import Unit
 BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1  # Louizos et al. 2018; the paper keeps them
 OPEN = math.log(0.99 / 0.01)  # log_alpha of a gate that drops with probability 0.01: the original's droprate_init
 LOG_ALPHA_RANGE = (math.log(1e-2), math.log(1e2))  # the original clamps to it
+HARD, SOFT = (0.01, 0.001), (0.5, 0.05)  # half-widths of a deterministic gate's band, at the start and at the end
 
 
 class Gate(Protocol):
@@ -107,6 +108,21 @@ class Deterministic:
     def anneal(self, progress: float) -> None:
         """Mu = start + (end - start) sqrt(progress)."""
         self.mu = self._start + (self._end - self._start) * math.sqrt(min(max(progress, 0.0), 1.0))
+
+
+def gate_of(config: PruneConfig) -> Gate:
+    """The gate that a run's options ask for.
+
+    Without a `gate_width` deterministic gates are hard while they learn: masks are ones and zeros, so the student trains under
+    what will be cut, and no head stays half open (docs/experiments.md, "Gates that are hard while they learn"). That takes
+    scores that tell units apart from the first step, and an offset that finds the threshold among them; open gates, which
+    start alike, and multipliers, which move all of them at once, would close units by the thousand in a step, so they get a
+    soft band.
+    """
+    if config.gates == "hard-concrete":
+        return HardConcrete()
+    soft = config.gate_init == "open" or config.control == "lagrangian"
+    return Deterministic(*(config.gate_width or (SOFT if soft else HARD)))
 
 
 def unit_shapes(dims: Dims, head_unit: str) -> dict[str, tuple[int, ...]]:

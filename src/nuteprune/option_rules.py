@@ -62,7 +62,8 @@ def _check_ranges(options: PruneConfig) -> None:
         need(name, getattr(options, name) is None or getattr(options, name) > 0, "a number above 0")
     need("snapshot_every", 0.001 <= options.snapshot_every <= 0.5, "a share from 0.001 to 0.5")
     width = options.gate_width
-    need("gate_width", len(width) == 2 and width[0] >= width[1] > 0, "two numbers, start,end, with start >= end > 0")
+    good = width is None or (len(width) == 2 and width[0] >= width[1] > 0)
+    need("gate_width", good, "two numbers, start,end, with start >= end > 0")
 
 
 def _check_units(options: PruneConfig) -> None:

@@ -28,7 +28,7 @@ from nuteprune.data import Blocks
 from nuteprune.errors import TrainingError
 from nuteprune.gate_optimizer import gate_optimizer, gate_rate
 from nuteprune.gate_start import start_gates
-from nuteprune.gates import Deterministic, Gate, GateSet, HardConcrete
+from nuteprune.gates import GateSet, gate_of
 from nuteprune.graphed import Recorder
 from nuteprune.learning_rate import lr_factor
 from nuteprune.losses import HeadLoss, HiddenLoss, head_loss
@@ -95,8 +95,7 @@ class Trainer:
         self.discretiser = make_discretiser(config, arch)
 
         self.generator = torch.Generator().manual_seed(config.seed)  # gate noise, on the CPU for every device
-        gate: Gate = Deterministic(*config.gate_width) if config.gates == "deterministic" else HardConcrete()
-        self.gates = GateSet(arch, config.prune, gate, self.generator, config.head_unit).to(self.masked.device)
+        self.gates = GateSet(arch, config.prune, gate_of(config), self.generator, config.head_unit).to(self.masked.device)
         self.control: Controller = (
             LagrangianControl(config.control_lr, self.masked.device)
             if config.control == "lagrangian"
