@@ -333,7 +333,14 @@ def test_smollm2_says_the_same_in_both(sparsity: float, tmp_path: Path) -> None:
         )
         wanted.append(made[0, len(prompt) :].tolist())
     assert len(prompts) == 20
-    assert llama_program.continuations(pruned.path, prompts, 16) == wanted
+    found = llama_program.continuations(pruned.path, prompts, 16)
+    assert sum(a == b for a, b in zip(found, wanted, strict=True)) >= 18
+    for prompt, here, there in zip(prompts, found, wanted, strict=True):
+        if here != there:  # at a tie rounding decides, which differs by processor: the same as if both had drawn it
+            part = next(i for i in range(16) if here[i] != there[i])
+            with torch.no_grad():
+                logits = model(torch.tensor([prompt + there[:part]])).logits[0, -1]
+            assert float(logits[there[part]] - logits[here[part]]) < 2e-4
     assert llama_program.tokenised(pruned.path, PROMPTS) == prompts
 
 

@@ -6,9 +6,11 @@ Each function runs in a process of its own: an assertion of the program ends the
 from __future__ import annotations
 
 import ctypes
+import importlib
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +46,8 @@ def quantise(source: Path, target: Path, outtype: str) -> None:
 def logits(path: Path, ids: Sequence[int], threads: int | None = None) -> np.ndarray[Any, Any]:
     """Logits [tokens, vocab], float32, of a file for token ids; flash attention off, keys and values kept in float32.
 
-    In float16, in which llama.cpp keeps them by itself, they alone move logits by about 0.01.
+    In float16, in which llama.cpp keeps them by itself, they alone move logits by about 0.01. Weights are used as they lie in
+    the file.
 
     Raises:
         ExportError: llama.cpp does not load or run the file.
@@ -101,13 +104,14 @@ def _listen() -> None:
 _ERROR = 4  # ggml's number of the level
 
 
-def open_model(path: str, context: int, threads: int | None = None, **options: Any) -> Any:
+def open_model(path: str, context: int, threads: int | None = None, exact: bool = False, **options: Any) -> Any:
     """A llama_cpp.Llama with flash attention off, silent.
 
     Args:
         path: a GGUF file.
         context: tokens that it can hold.
         threads: CPU threads; all cores if None.
+        exact: keep keys and values in float32, and use weights as they lie in the file, not repacked for this processor.
         **options: more of its arguments.
 
     Raises:
@@ -118,31 +122,56 @@ def open_model(path: str, context: int, threads: int | None = None, **options: A
     _listen()
     cores = threads or os.cpu_count()
     try:
-        return llama_cpp.Llama(
-            path,
-            n_ctx=context,
-            n_batch=min(context, 512),
-            n_threads=cores,
-            n_threads_batch=cores,
-            flash_attn=False,
-            verbose=False,
-            **options,
-        )
+        with _as_they_lie() if exact else nullcontext():
+            return llama_cpp.Llama(
+                path,
+                n_ctx=context,
+                n_batch=min(context, 512),
+                n_threads=cores,
+                n_threads_batch=cores,
+                flash_attn=False,
+                verbose=False,
+                **(_FLOAT32 if exact else {}),
+                **options,
+            )
     except (ValueError, AssertionError) as error:
         raise RuntimeError(" ".join([str(error), *_errors[-2:]])) from error
 
 
-_EXACT = {"type_k": 0, "type_v": 0}  # ggml's number of float32
+_FLOAT32 = {"type_k": 0, "type_v": 0}  # ggml's number of it
+
+
+@contextmanager
+def _as_they_lie() -> Iterator[None]:
+    """Models opened meanwhile use their weights as they lie in the file.
+
+    By itself llama.cpp repacks quantised ones for the processor. Where that has AMX, version 0.3.36 of the package ends with a
+    segmentation fault or an illegal instruction when it computes with them (seen on a Xeon; its issue 20824 has another), which
+    says nothing of the file. The package has no argument for it, so its default is another one here.
+    """
+    binding = importlib.import_module("llama_cpp.llama_cpp")
+    default = binding.llama_model_default_params
+
+    def plain() -> Any:
+        parameters = default()
+        parameters.use_extra_bufts = False
+        return parameters
+
+    binding.llama_model_default_params = plain  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        binding.llama_model_default_params = default  # type: ignore[attr-defined]
 
 
 def _logits(path: str, ids: list[int], threads: int | None) -> np.ndarray[Any, Any]:
-    model = open_model(path, max(len(ids), 8), threads, logits_all=True, **_EXACT)
+    model = open_model(path, max(len(ids), 8), threads, exact=True, logits_all=True)
     model.eval(ids)
     return np.array(model.scores[: len(ids)], dtype=np.float32)
 
 
 def _continuations(path: str, prompts: list[list[int]], tokens: int, threads: int | None) -> list[list[int]]:
-    model = open_model(path, max(map(len, prompts)) + tokens, threads, **_EXACT)
+    model = open_model(path, max(map(len, prompts)) + tokens, threads, exact=True)
     made = []
     for prompt in prompts:
         model.reset()
