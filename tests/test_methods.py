@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from conftest import tiny_config, tiny_model
 from safetensors.torch import load_file
 from test_trainer import Quiet
@@ -329,6 +330,9 @@ def test_a_baselines_options_are_read_back(small_run: PruneConfig, tmp_path: Pat
     config = one_shot(small_run, "magnitude", tmp_path / "run")
     (tmp_path / "config.yaml").write_text(config.to_yaml())
     assert PruneConfig.of_run(tmp_path / "config.yaml") == config
+    options = config.to_dict() | {"gate_width": [0.5, 0.05], "gate_lr": 0.02}  # defaults of an earlier version
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(options), encoding="utf-8")
+    assert PruneConfig.of_run(tmp_path / "config.yaml").to_dict() == options
 
 
 def test_a_baseline_can_be_estimated(small_run: PruneConfig, tmp_path: Path) -> None:

@@ -168,14 +168,16 @@ def test_options_of_learned_runs_are_not_those_of_one_shot_ones(modules: dict[st
 def test_a_text_in_the_manner_of_penn_treebank(modules: dict[str, ModuleType], tmp_path: Path) -> None:
     from plain import EVERY, TRAINED_ON, UNK, plain
 
-    article = " \n = {} = \n \n = = Life = = \n The <unk> @-@ born Man , aged 2 @.@ 5 , went . He 's gone in 1999 ! \n"
+    article = " \n = {} = \n \n = = Life = = \n The <unk> @-@ born {} , aged 2 @.@ 5 , went . He 's gone in 1999 ! \n"
+    trained_on = ["Read", "Rare Read"]
+    unk = ["Read", *(f"New{i:c}" for i in range(97, 97 + EVERY)), "<unk> Read", *("Other" for _ in range(EVERY - 1)), "Last"]
     (tmp_path / "train").mkdir()
-    for name, articles in ((TRAINED_ON, ["A"]), (UNK, ["A", *(f"B {i}" for i in range(EVERY + 1))])):
+    for name, titles in ((TRAINED_ON, trained_on), (UNK, unk)):
         with gzip.open(tmp_path / name, "wt", encoding="utf-8") as file:
-            file.writelines(json.dumps({"text": article.format(a)}) + "\n" for a in articles)
-            file.write(json.dumps({"text": "a piece without a title"}) + "\n")
-    made = plain(tmp_path, tmp_path / "plain.txt")
-    assert made.read_text() == " the <unk>-born man aged N went \n he 's gone in N \n" * 2  # the first and one EVERY later
+            file.write(json.dumps({"text": "A piece without a title ."}) + "\n")
+            file.writelines(json.dumps({"text": article.format(t, t.split()[-1])}) + "\n" for t in titles)
+    made = plain(tmp_path, tmp_path / "plain.txt")  # the first, and one 2 EVERY later; the one between was read as "Rare Read"
+    assert made.read_text() == "".join(f" the <unk>-born {t} aged N went \n he 's gone in N \n" for t in ("newa", "last"))
     with gzip.open(tmp_path / UNK, "wt") as file:
         file.write("")
     assert plain(tmp_path, made).read_text().count("N") == 4  # made once

@@ -11,6 +11,8 @@ import json
 import re
 from pathlib import Path
 
+from nuteprune.files import save_text
+
 UNK, TRAINED_ON = "train/wikitext2_train_unk.jsonl.gz", "train/wikitext2_train_raw_part.jsonl.gz"
 EVERY = 45  # articles: a spread of subjects, and enough for 64 windows of 1,024 tokens
 
@@ -18,9 +20,10 @@ EVERY = 45  # articles: a spread of subjects, and enough for 64 windows of 1,024
 def plain(data: Path, target: Path) -> Path:
     """The text's file, made where it is not there yet; `data` is the folder of the data sets."""
     if not target.is_file():
-        trained_on = {title(text) for text in texts(data / TRAINED_ON)}
-        kept = [text for text in texts(data / UNK) if title(text) not in trained_on | {None}][::EVERY]
-        target.write_text("".join(f" {line} \n" for text in kept for line in sentences(text)), encoding="utf-8")
+        trained_on = [title(text) for text in texts(data / TRAINED_ON)]
+        kept = [text for text in texts(data / UNK) if title(text) not in [*trained_on, None]][::EVERY]
+        kept = [text for text in kept if not any(same(title(text), other) for other in trained_on)]
+        save_text(target, "".join(f" {line} \n" for text in kept for line in sentences(text)))
     return target
 
 
@@ -34,6 +37,12 @@ def title(text: str) -> str | None:
     """The article's title; None for a piece that does not begin with one."""
     found = re.match(r"\s*= ([^=]+) =\s*\n", text)
     return found and found[1]
+
+
+def same(masked: str | None, other: str | None) -> bool:
+    """Whether a title whose rare words are `<unk>` can be another one."""
+    words, others = (masked or "").split(), (other or "").split()
+    return len(words) == len(others) and all(a in (b, "<unk>") for a, b in zip(words, others))
 
 
 def sentences(text: str) -> list[str]:

@@ -480,13 +480,15 @@ class PruneConfig:
 
     @classmethod
     def of_run(cls, path: Path) -> PruneConfig:
-        """The options of a run from its config.yaml, which holds all of them, also those that a target shape decided.
+        """The options of a run from its config.yaml, which holds all, also those that a target shape or a method decided.
 
         Raises:
             ConfigError: it cannot be read or holds something else.
         """
         found = read_yaml(path)
-        decided = {name: found.pop(name) for name in SHAPE_DECIDES if found.get("target_shape") and name in found}
+        names = SHAPE_DECIDES if found.get("target_shape") else ()
+        names += METHOD_DECIDES if found.get("method") in CRITERIA else ()  # perhaps defaults of an earlier version
+        decided = {name: found.pop(name) for name in names if name in found}
         return cls.create(**found).replace(**decided)
 
     def replace(self, **changes: Any) -> PruneConfig:

@@ -114,10 +114,10 @@ def gate_of(config: PruneConfig) -> Gate:
     """The gate that a run's options ask for.
 
     Without a `gate_width` deterministic gates are hard while they learn: masks are ones and zeros, so the student trains under
-    what will be cut, and no head stays half open (docs/experiments.md, "Gates that are hard while they learn"). That takes
-    scores that tell units apart from the first step, and an offset that finds the threshold among them; open gates, which
-    start alike, and multipliers, which move all of them at once, would close units by the thousand in a step, so they get a
-    soft band.
+    what will be cut, and heads do not end half open (docs/experiments.md, "Gates that are hard while they learn"). That takes
+    scores that tell units apart from the first step, and an offset that finds the threshold among them. Open gates start
+    alike and multipliers move all of them at once, so a band narrower than a step would be crossed by all together: they
+    get a soft one.
     """
     if config.gates == "hard-concrete":
         return HardConcrete()

@@ -146,8 +146,8 @@ def _as_they_lie() -> Iterator[None]:
     """Models opened meanwhile use their weights as they lie in the file.
 
     By itself llama.cpp repacks quantised ones for the processor. Where that has AMX, version 0.3.36 of the package ends with a
-    segmentation fault or an illegal instruction when it computes with them (seen on a Xeon; its issue 20824 has another), which
-    says nothing of the file. The package has no argument for it, so its default is another one here.
+    segmentation fault or an illegal instruction when it computes with them (seen on a Xeon; ggml-org/llama.cpp issue 20824
+    is another such end), which says nothing of the file. The package has no argument for it, so its default is changed.
     """
     binding = importlib.import_module("llama_cpp.llama_cpp")
     default = binding.llama_model_default_params
