@@ -486,7 +486,7 @@ class PruneConfig:
             ConfigError: it cannot be read or holds something else.
         """
         found = read_yaml(path)
-        names = SHAPE_DECIDES if found.get("target_shape") else ()
+        names = [*SHAPE_DECIDES] if found.get("target_shape") else []
         names += METHOD_DECIDES if found.get("method") in CRITERIA else ()  # perhaps defaults of an earlier version
         decided = {name: found.pop(name) for name in names if name in found}
         return cls.create(**found).replace(**decided)
