@@ -80,8 +80,7 @@ class PruneConfig:
         ("heads", "intermediate"),
         "Units to prune, comma separated: heads (see --head-unit), intermediate, hidden; whole blocks: attention, mlp, or "
         "layers (both blocks of a layer at once).",
-        "hidden gates cost more than they save on a 135M model at 25 % (design notes); the paper prunes heads, intermediate "
-        "and hidden",
+        f"hidden units cost more than they save on a 135M model ({CHOSEN}); the paper prunes them too",
         "Size",
         UNITS,
     )
@@ -146,7 +145,7 @@ class PruneConfig:
     lora_targets: tuple[str, ...] = option(
         ("all",),
         "Linear modules that get LoRA: all, or names such as q_proj,v_proj.",
-        "all: measured leads in the design notes; the paper uses q_proj,v_proj",
+        f"all is better by far ({CHOSEN}); the paper uses q_proj,v_proj",
         "LoRA",
     )
     lr: float = option(
@@ -184,7 +183,7 @@ class PruneConfig:
     gates: str = option(
         "deterministic",
         "hard-concrete (sampled, Louizos 2018) or deterministic (no noise, arXiv 2603.08065).",
-        "sampling noise costs much in short runs (design notes)",
+        "sampling noise costs much in short runs (docs/experiments.md, what the first defaults rested on)",
         "Gates",
         ("hard-concrete", "deterministic"),
     )
@@ -238,7 +237,7 @@ class PruneConfig:
         "projection",
         "projection: one offset on all gates puts the expected size on the schedule at every step; "
         "lagrangian: the paper's two multipliers.",
-        "lagrangian lags in short runs (design notes)",
+        "lagrangian lags in short runs (docs/experiments.md, the paper's recipe)",
         "Control",
         ("lagrangian", "projection"),
     )
@@ -287,7 +286,7 @@ class PruneConfig:
     temperature: float = option(
         1.0,
         "Temperature of the KL term.",
-        "logit KL at 1 with the full vocabulary is strongest (design notes)",
+        "1 compares the distributions themselves; not ablated",
         "Teachers and losses",
     )
     hidden_loss: str = option(
