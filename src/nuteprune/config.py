@@ -183,7 +183,7 @@ class PruneConfig:
     gates: str = option(
         "deterministic",
         "hard-concrete (sampled, Louizos 2018) or deterministic (no noise, arXiv 2603.08065).",
-        "sampling noise costs much in short runs (docs/experiments.md, what the first defaults rested on)",
+        f"sampling costs much in short runs ({CHOSEN})",
         "Gates",
         ("hard-concrete", "deterministic"),
     )
