@@ -65,11 +65,15 @@ def _start(
 
 @pytest.fixture
 def shared(small_run: PruneConfig, tmp_path: Path) -> PruneConfig:
-    return small_run.replace(batch_size=4, steps=16, repair=False, checkpoint_every=4, out=str(tmp_path / "shared"))
+    # Soft gates, so that each weight can be compared: units that hard ones close leave LoRA weights gradients of next to
+    # nothing, and Adam divides those, and what rounding adds to them, by their own size.
+    return small_run.replace(
+        batch_size=4, steps=16, repair=False, checkpoint_every=4, gate_width=(0.5, 0.05), out=str(tmp_path / "shared")
+    )
 
 
-def _follows(one: Path, two: Path, weights: str = "checkpoints/step-000016/tensors.safetensors") -> None:
-    """Two runs that took the same course, but for rounding."""
+def _follows(one: Path, two: Path, weights: str = "checkpoints/step-000016/tensors.safetensors", each: bool = True) -> None:
+    """Two runs that took the same course, but for rounding; `each`: of each weight, else of each tensor's norm."""
     a, b = read_metrics(one / "metrics.jsonl"), read_metrics(two / "metrics.jsonl")
     assert len(a) == len(b)
     for x, y in zip(a, b, strict=True):
@@ -84,24 +88,29 @@ def _follows(one: Path, two: Path, weights: str = "checkpoints/step-000016/tenso
         x, y = load_file(one / name), load_file(two / name)
         assert x.keys() == y.keys()
         for key in x:
-            if key != "generator.state":
+            if key == "generator.state":
+                continue
+            if each:
                 torch.testing.assert_close(x[key], y[key], atol=NEAR, rtol=1e-4)
+            else:
+                assert float((x[key].float() - y[key].float()).norm()) <= NEAR + 1e-4 * float(y[key].float().norm()), key
 
 
 @pytest.mark.parametrize(
     "options",
     [
         {},
+        {"gate_width": (0.01, 0.001)},
         {"gates": "hard-concrete", "control": "lagrangian", "hidden_loss": "plain", "lm_weight": 0.5, "repair": True},
         {"teachers": "none", "head_unit": "query", "prune": ("heads", "intermediate")},
     ],
-    ids=["default", "paper", "no teacher"],
+    ids=["soft gates", "hard gates", "paper", "no teacher"],
 )
 def test_two_processes_follow_one(shared: PruneConfig, options: dict[str, Any], tmp_path: Path) -> None:
     config = shared.replace(**options)
     alone = prune(config.replace(out=str(tmp_path / "alone")), _quiet())
     assert _start(config) == [0, 0]
-    _follows(alone.run, tmp_path / "shared")
+    _follows(alone.run, tmp_path / "shared", each=config.gate_width == (0.5, 0.05))
     assert json.loads((tmp_path / "shared/env.json").read_text())["processes"] == 2
     result = json.loads((tmp_path / "shared/result.json").read_text())
     assert alone.figures is not None
