@@ -71,10 +71,12 @@ def read(path: Path = LIST, only: str = "*") -> list[Experiment]:
             seeds = own.pop("seeds", content.get("seeds", [0]))
             if not re.fullmatch(r"[a-z0-9.-]+", name):
                 raise SystemExit(f"{path}: {group}/{name} is not a name of small letters, digits, points and dashes")
+            options = listed["options"] | content.get("options", {}) | own
+            if "method" not in options:
+                options = options | content.get("learned", {}) | own
+            if name == "dense":
+                options = {}
             for seed in seeds:
-                options = listed["options"] | content.get("options", {})
-                options |= ({} if "method" in options | own else content.get("learned", {})) | own
-                options = {} if name == "dense" else options
                 found.append(Experiment(group, name, seed, options, content["evaluate"]))
     names = [(e.key, f"{e.group}/{e.name}") for e in found]
     stands = chosen(names, only, f"experiment of {path}; write group/run or group/run-sSEED")

@@ -6,11 +6,10 @@ train's `<unk>` form that are not trained on.
 
 from __future__ import annotations
 
-import gzip
-import json
 import re
 from pathlib import Path
 
+from nuteprune.data import read_documents
 from nuteprune.files import save_text
 
 UNK, TRAINED_ON = "train/wikitext2_train_unk.jsonl.gz", "train/wikitext2_train_raw_part.jsonl.gz"
@@ -20,17 +19,12 @@ EVERY = 45  # articles: a spread of subjects, and enough for 64 windows of 1,024
 def plain(data: Path, target: Path) -> Path:
     """The text's file, made where it is not there yet; `data` is the folder of the data sets."""
     if not target.is_file():
-        trained_on = [title(text) for text in texts(data / TRAINED_ON)]
-        kept = [text for text in texts(data / UNK) if title(text) not in [*trained_on, None]][::EVERY]
+        trained_on = [title(text) for text in read_documents(str(data / TRAINED_ON))]
+        kept = [text for text in read_documents(str(data / UNK)) if title(text) not in [*trained_on, None]][::EVERY]
+        # Titles with rare words are looked at after the choice, which stays that of the results there are.
         kept = [text for text in kept if not any(same(title(text), other) for other in trained_on)]
         save_text(target, "".join(f" {line} \n" for text in kept for line in sentences(text)))
     return target
-
-
-def texts(path: Path) -> list[str]:
-    """The documents of a file."""
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        return [json.loads(line)["text"] for line in file]
 
 
 def title(text: str) -> str | None:
