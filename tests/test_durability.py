@@ -8,6 +8,7 @@ import json
 import math
 import multiprocessing
 import os
+import platform
 import random
 import resource
 import shutil
@@ -29,7 +30,7 @@ from nuteprune import checkpoint, stability
 from nuteprune.checkpoint import checkpoints, damage
 from nuteprune.config import PruneConfig
 from nuteprune.errors import ConfigError, DataError, DiskFullError, NutePruneError, TrainingError
-from nuteprune.files import atomic_folder, room
+from nuteprune.files import atomic_file, atomic_folder, room
 from nuteprune.job import prune, resume
 from nuteprune.progress import Reporter, read_metrics
 from nuteprune.report.page import write_report
@@ -130,6 +131,26 @@ def test_kills_at_random_moments_lose_nothing(durable: PruneConfig, tmp_path: Pa
     survived = _kill_loop(durable, tmp_path, 20, seed=1)
     assert survived.total() >= 20
     assert survived["training"] >= 3, survived
+
+
+@pytest.mark.parametrize("owner", [999_999_999, os.getpid()])
+def test_what_a_library_writes_beside_a_file_goes_with_it(owner: int, tmp_path: Path) -> None:
+    """As safetensors does under a name of its own, whether the writing failed or was killed."""
+
+    def half() -> None:
+        with atomic_file(tmp_path / "a") as temporary:
+            temporary.with_name(".tmpabc").write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        half()
+    assert not list(tmp_path.iterdir())
+    killed = tmp_path / f".a.{platform.node()}-{owner}.tmp"
+    killed.mkdir()
+    (killed / ".tmpabc").write_text("half")
+    with atomic_file(tmp_path / "a") as temporary:
+        temporary.write_text("whole")
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
 @pytest.mark.slow

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -213,7 +211,8 @@ class _Job:
         compactor = Compactor(masked, plan.masks, torch.float32, plan.counts)
         name = f"{Path(self.source.name).name}, {100 * plan.stored.sparsity:.1f} % of its blocks pruned"
         notes = list(plan.notes)
-        with atomic_file(plan.path) as temporary, _scratch(temporary) as floats:
+        with atomic_file(plan.path) as temporary:
+            floats = temporary.with_name(f"{temporary.name}.f32")
             into, first = (floats, "f32") if by_llama else (temporary, outtype)
             with self.reporter.counter(f"writing {plan.path.name}") as progress:
                 write_gguf(into, compactor, self.dense, plan.architecture, self.fields, first, name, progress)
@@ -373,16 +372,6 @@ def _more(arch: Arch, left: Counts, widths: Counts) -> str:
     """What filling up costs, in words."""
     more = elements(arch, widths) - elements(arch, left)
     return f"{more:,} parameters more ({100 * more / elements(arch, left):.2f} %)"
-
-
-@contextmanager
-def _scratch(path: Path) -> Iterator[Path]:
-    """A file beside another that is gone afterwards."""
-    beside = path.with_name(f"{path.name}.f32")
-    try:
-        yield beside
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _rows_note(left: list[Any], outtype: str) -> str:

@@ -54,12 +54,12 @@ def _flush(path: Path) -> None:
 
 
 def _temporary(path: Path) -> Path:
-    """A name beside a path that is this process's own; what processes of this machine left that are gone is removed."""
+    """A free name beside a path, this process's own; what processes of this machine left that are gone is removed."""
     host = platform.node()
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.{glob.escape(host)}-*.tmp*"):
         owner = leftover.name.removeprefix(f".{path.name}.{host}-").partition(".")[0]
-        if owner.isdigit() and int(owner) != os.getpid() and not _runs(int(owner)):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+        if owner.isdigit() and (int(owner) == os.getpid() or not _runs(int(owner))):
+            shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
     return path.with_name(f".{path.name}.{host}-{os.getpid()}.tmp")
 
 
@@ -76,17 +76,21 @@ def _runs(process: int) -> bool:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """A temporary path that becomes `path` when the block ends without an error, and is removed otherwise."""
+    """A temporary path that becomes `path` when the block ends without an error, and is removed otherwise.
+
+    It lies in a folder of its own, so that what a library writes beside it (safetensors does) goes with the folder.
+    """
     with room(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = _temporary(path)
+        temporary = (folder := _temporary(path)) / path.name
+        folder.mkdir()
         try:
             yield temporary
             _flush(temporary)
             os.replace(temporary, path)
             _flush(path.parent)
         finally:
-            temporary.unlink(missing_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
@@ -97,8 +101,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         temporary, old = _temporary(path), path.with_name(f".{path.name}.old")
         if old.exists() and not path.exists():  # a kill came between the two renames below
             os.replace(old, path)
-        for leftover in (temporary, old):
-            shutil.rmtree(leftover, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
         temporary.mkdir()
         try:
             yield temporary
