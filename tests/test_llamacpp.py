@@ -321,7 +321,7 @@ def test_checks_use_weights_as_they_lie_in_the_file() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("sparsity", [0.25, 0.5])
 def test_smollm2_says_the_same_in_both(sparsity: float, tmp_path: Path) -> None:
-    """The real model, pruned: 20 prompts go on alike in both programs, but for ties, and the file is as much smaller."""
+    """The real model, pruned: 20 prompts go on alike in both programs, and the file is as much smaller."""
     config = PruneConfig.create(
         model="smollm2-135m", data=("pydoc",), sparsity=sparsity, steps=8, batch_size=1, seq_len=64, gate_init_batches=4,
         teacher_lag=3, out=str(tmp_path / "run"), device="cpu",
@@ -344,13 +344,7 @@ def test_smollm2_says_the_same_in_both(sparsity: float, tmp_path: Path) -> None:
         wanted.append(made[0, len(prompt) :].tolist())
     assert len(prompts) == 20
     found = llama_program.continuations(pruned.path, prompts, 16)
-    assert sum(a == b for a, b in zip(found, wanted, strict=True)) >= 18
-    for prompt, here, there in zip(prompts, found, wanted, strict=True):
-        if here != there:  # where two tokens are closer than rounding, processors may choose differently
-            part = next(i for i in range(16) if here[i] != there[i])
-            with torch.no_grad():
-                logits = model(torch.tensor([prompt + there[:part]])).logits[0, -1]
-            assert float(logits[there[part]] - logits[here[part]]) < 2e-4
+    assert found == wanted
     assert llama_program.tokenised(pruned.path, PROMPTS) == prompts
 
 
