@@ -286,7 +286,7 @@ class PruneConfig:
     temperature: float = option(
         1.0,
         "Temperature of the KL term.",
-        "1 compares the distributions themselves; not ablated",
+        f"1 compares the distributions themselves; 2 is worse ({CHOSEN})",
         "Teachers and losses",
     )
     hidden_loss: str = option(
