@@ -144,15 +144,18 @@ def test_rows_that_choose_are_not_those_that_are_reported(modules: dict[str, Mod
     (rows / "a_test.jsonl").write_text("".join(f'{{"row": {n}}}\n' for n in range(5)))
     (rows / "b_test.jsonl.gz").write_bytes(gzip.compress(b'{"row": 0}\n{"row": 1}\n{"row": 2}\n{"row": 3}\n'))
     (rows / "c_test.jsonl").write_text('{"row": 0}\n')
-    after = modules["run"].rows_after
-    assert after(0, rows, work) == rows
-    found = after(3, rows, work)
+    without = modules["run"].rows_without
+    assert without(0, 0, rows, work) == rows
+    found = without(0, 3, rows, work)
     assert {p.name: p.read_text() for p in found.iterdir()} == {
         "a_test.jsonl": '{"row": 3}\n{"row": 4}\n', "b_test.jsonl": '{"row": 3}\n',
     }  # fmt: skip
     stamp = (found / "a_test.jsonl").stat().st_mtime_ns
-    assert after(3, rows, work) == found
+    assert without(0, 3, rows, work) == found
     assert (found / "a_test.jsonl").stat().st_mtime_ns == stamp
+    assert {p.name: p.read_text() for p in without(1, 4, rows, work).iterdir()} == {
+        "a_test.jsonl": '{"row": 0}\n{"row": 4}\n', "b_test.jsonl": '{"row": 0}\n', "c_test.jsonl": '{"row": 0}\n',
+    }  # fmt: skip
     given = modules["run"].protocol({"tasks": "a", "limit": 2}, [], tmp_path, found, False)
     assert given[given.index("--task-data") + 1] == str(found)
 

@@ -27,8 +27,8 @@ class Experiment:
         seed: of the run.
         options: of `nuteprune prune`; data files relative to the data folder. Empty: the dense model is evaluated.
         evaluate: `ppl` (texts relative to the data folder, names that `nuteprune eval` knows, or `plain`, see plain.py),
-            `windows`, and perhaps `dtype`, `tasks`, `limit` (rows of each task), `skip` (rows left out before them) and
-            `batch_size` (of the tasks).
+            `windows`, and perhaps `dtype`, `tasks`, `leave_out` (first row that is left out of each task, and the first after
+            it that is not), `limit` (rows of each task that are read of the others) and `batch_size` (of the tasks).
     """
 
     group: str

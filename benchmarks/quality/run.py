@@ -111,7 +111,7 @@ def run(experiment: Experiment, data: Path, work: Path, keep: bool, nuteprune: C
             given = work / f"{folder.name}.options.yaml"
             save_text(given, yaml.safe_dump(options))
             nuteprune(*(["resume", str(folder)] if folder.is_dir() else ["prune", "--config", str(given)]))
-    rows = rows_after(experiment.evaluate.get("skip", 0), data / "zeroshot", work)
+    rows = rows_without(*experiment.evaluate.get("leave_out", (0, 0)), data / "zeroshot", work)
     texts = [
         str(plain(data, work / "plain.txt") if text == "plain" else data / text if "." in text else text)
         for text in experiment.evaluate["ppl"]
@@ -146,18 +146,18 @@ def run(experiment: Experiment, data: Path, work: Path, keep: bool, nuteprune: C
         shutil.rmtree(folder)
 
 
-def rows_after(skip: int, rows: Path, work: Path) -> Path:
-    """A folder of the tasks' files without their first rows, made once; so a recipe is chosen by rows that are not reported."""
-    if not skip:
+def rows_without(first: int, last: int, rows: Path, work: Path) -> Path:
+    """A folder of the tasks' files without rows `first` to `last - 1`, made once; so a recipe is chosen by rows that are not reported."""
+    if first == last:
         return rows
-    made = work / f"{rows.name}-after-{skip}"
+    made = work / f"{rows.name}-without-{first}-{last}"
     for path in sorted(rows.glob("*.jsonl*")):
         if (target := made / path.name.removesuffix(".gz")).is_file():
             continue
         opened = gzip.open if path.suffix == ".gz" else open
         with opened(path, "rt", encoding="utf-8") as file:
-            kept = list(file)[skip:]
-        if kept:  # some sets have no more rows
+            lines = list(file)
+        if kept := lines[:first] + lines[last:]:  # some sets have no more rows
             target.parent.mkdir(exist_ok=True)
             save_text(target, "".join(kept))
     return made
