@@ -147,7 +147,7 @@ def run(experiment: Experiment, data: Path, work: Path, keep: bool, nuteprune: C
 
 
 def rows_without(first: int, last: int, rows: Path, work: Path) -> Path:
-    """A folder of the tasks' files without rows `first` to `last - 1`, made once: those that chose a recipe, or all but those."""
+    """Folder of the tasks' files without rows `first` to `last - 1`, made once: all but those that chose a recipe, or those."""
     if first == last:
         return rows
     made = work / f"{rows.name}-without-{first}-{last}"
