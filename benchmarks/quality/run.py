@@ -111,7 +111,8 @@ def run(experiment: Experiment, data: Path, work: Path, keep: bool, nuteprune: C
             given = work / f"{folder.name}.options.yaml"
             save_text(given, yaml.safe_dump(options))
             nuteprune(*(["resume", str(folder)] if folder.is_dir() else ["prune", "--config", str(given)]))
-    rows = rows_without(*experiment.evaluate.get("leave_out", (0, 0)), data / "zeroshot", work)
+    first, last = experiment.evaluate.get("leave_out", (0, 0))
+    rows = rows_without(first, last, data / "zeroshot", work)
     texts = [
         str(plain(data, work / "plain.txt") if text == "plain" else data / text if "." in text else text)
         for text in experiment.evaluate["ppl"]
