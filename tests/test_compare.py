@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from nuteprune.errors import ConfigError, DataError
-from nuteprune.evaluation.compare import compare, find_records
+from nuteprune.evaluation.compare import compare, find_records, paired_difference
 from nuteprune.evaluation.record import Evaluation, set_aside
 
 
@@ -51,6 +51,29 @@ def test_ratios_and_the_average_of_the_papers() -> None:
     assert ["perplexity, wikitext2", "10.000", "15.000", "x 1.500"] in body
     assert "| piqa (acc) | 80.00 ± 3.00 | 60.00 ± 3.00 | 75.00 % |" in found.markdown()
     assert found.to_dict()["rows"][1]["ratios"] == [1.0, 1.5]
+
+
+def test_models_that_answered_the_same_rows_are_compared_by_rows() -> None:
+    piqa, boolq = ("1110100010", "1101101011"), ("1100", "0100")
+    given = {"piqa": (0.5, 0.17), "boolq": (0.5, 0.29)}
+    dense, pruned, other = _record("dense", given), _record("pruned", given), _record("other", given)
+    for record, *answers in zip((dense, pruned), piqa, boolq, strict=True):
+        for entry, found in zip(record.tasks.values(), answers, strict=True):
+            entry |= {"answers": found, "value": found.count("1") / len(found)}
+    found = compare([dense, pruned, other])
+    rows = {row.name: row for row in found.rows}
+    own = [int(b) - int(a) for a, b in zip(*piqa, strict=True)]
+    error = math.sqrt(sum((d - sum(own) / 10) ** 2 for d in own) / 9 / 10)
+    assert rows["piqa (acc)"].differences == ((0.0, 0.0), (pytest.approx(sum(own) / 10), pytest.approx(error)), None)
+    value, over_tasks = rows["average of 2 tasks"].differences[1] or (0.0, 0.0)
+    assert value == pytest.approx((sum(own) / 10 - 0.25) / 2)
+    assert over_tasks == pytest.approx(math.hypot(error, 0.25) / 2)  # of -1, 0, 0, 0: variance 1/4, over 4 rows
+    header, body = found.table()
+    assert header == ["", "dense", "pruned", "of first", "difference", "other", "of first"]  # other has no rows to compare
+    assert all(len(line) == len(header) for line in body)
+    assert [line[4] for line in body][:2] == ["-", "-"]  # parameters, perplexity
+    assert paired_difference("10", "101") is None  # not the same rows
+    assert paired_difference("1", "0") is None  # no error from one row
 
 
 def test_other_protocols_are_left_out() -> None:
@@ -108,6 +131,10 @@ def test_broken_records_are_named(content: str, tmp_path: Path) -> None:
     del whole["tasks"]["piqa"]["value"]
     path.write_text(json.dumps(whole))
     with pytest.raises(DataError, match=r"tasks piqa has no value that can be read"):
+        Evaluation.load(path)
+    whole["tasks"]["piqa"] |= {"value": 0.5, "answers": "0 1"}
+    path.write_text(json.dumps(whole))
+    with pytest.raises(DataError, match=r"tasks piqa has answers other than 0 and 1"):
         Evaluation.load(path)
     with pytest.raises(ConfigError, match=r"nothing\.json cannot be read"):
         Evaluation.load(tmp_path / "nothing.json")

@@ -134,6 +134,9 @@ def test_numbers_equal_a_plain_harness_run(data: Path, model_folder: Path, tmp_p
                 assert entry["stderr"] == pytest.approx(plain[score.task][f"{metric}_stderr,none"], rel=1e-5)
         assert (score.rows, score.of, score.fewshot) == (ROWS, ROWS, 0)
         assert score.value == score.metrics[KNOWN[score.task].metric]["value"]
+        assert score.answers is not None
+        assert len(score.answers) == ROWS
+        assert score.answers.count("1") / ROWS == pytest.approx(score.value)
         assert FILES[score.task] in score.protocol
         tasks.remove(score.task)
     assert tasks == []
@@ -145,6 +148,7 @@ def test_a_limit_is_the_first_rows(data: Path, tmp_path: Path) -> None:
     harness = Harness(tiny_model(tiny_config()), make_tokenizer())
     (limited,), (short,) = (harness.score(load_tasks(("piqa",), folder, limit=3)[0], 3) for folder in (data, tmp_path))
     assert limited.metrics == short.metrics
+    assert limited.answers == short.answers is not None
     assert (limited.rows, limited.of, short.of) == (3, ROWS, 3)
 
 
@@ -208,6 +212,7 @@ def test_groups_count_as_one(tmp_path: Path) -> None:
     scores = Harness(tiny_model(tiny_config()), make_tokenizer()).score(whole)
     assert [score.part_of for score in scores] == [None, "both", "both"]
     assert [score.rows for score in scores] == [8, 3, 5]
+    assert [len(score.answers or "") for score in scores] == [0, 3, 5]
     assert scores[0].value == pytest.approx((3 * scores[1].value + 5 * scores[2].value) / 8)
     assert "group both of 2 tasks" in scores[0].protocol
 

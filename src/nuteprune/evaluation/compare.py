@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ from nuteprune.errors import ConfigError
 from nuteprune.evaluation.record import DENSE, FOLDER, PRUNED, Evaluation, run_folder
 
 SHARES = ("acc", "acc_norm", "exact_match", "f1")  # metrics that are shares of rows
+
+
+Difference = tuple[float, float]  # of two shares, and its standard error
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,8 @@ class Row:
         stderr: standard errors, None where there are none.
         kind: "share" (accuracies and the like), "number", or "count".
         protocol: how it was measured.
+        differences: from the first model's value, each with its standard error over rows that both models answered; None
+            where answers are not known row by row. Empty: not a task.
     """
 
     name: str
@@ -30,6 +36,7 @@ class Row:
     stderr: tuple[float | None, ...]
     kind: str
     protocol: str
+    differences: tuple[Difference | None, ...] = ()
 
     def ratio(self, index: int) -> float | None:
         """Value of a model over that of the first; None if one is missing."""
@@ -61,17 +68,19 @@ class Comparison:
         return [*found, *self.left_out]
 
     def table(self) -> tuple[list[str], list[list[str]]]:
-        """Header and cells: a column a model, and after each but the first one its ratio to the first."""
+        """Header and cells: a column a model, then its ratio to the first and, where both answered its rows, the difference."""
         last = [short_name(name) for name in self.models]
         names = last if len(set(last)) == len(last) else list(self.models)
         header = ["", names[0]]
-        for name in names[1:]:
-            header += [name, "of first"]
+        paired = [any(row.differences and row.differences[i] for row in self.rows) for i in range(len(self.models))]
+        for name, found in zip(names[1:], paired[1:], strict=True):
+            header += [name, "of first", *(["difference"] if found else [])]
         body = []
         for row in self.rows:
             cells = [row.name, shown(row, 0)]
             for index in range(1, len(self.models)):
                 cells += [shown(row, index), shown_ratio(row, index)]
+                cells += [shown_difference(row, index)] if paired[index] else []
             body.append(cells)
         return header, body
 
@@ -92,6 +101,7 @@ class Comparison:
                     "values": list(row.values),
                     "stderr": list(row.stderr),
                     "ratios": [row.ratio(i) for i in range(len(self.models))],
+                    "differences": [None if found is None else list(found) for found in row.differences],
                 }
                 for row in self.rows
             ],
@@ -127,12 +137,20 @@ def shown_ratio(row: Row, index: int) -> str:
     return f"x {number(ratio)}" if row.kind == "number" else f"{100 * ratio:.2f} %"
 
 
+def shown_difference(row: Row, index: int) -> str:
+    """A difference in points, with its standard error."""
+    if not row.differences or (found := row.differences[index]) is None:
+        return "-"
+    return f"{100 * found[0]:+.2f} ± {100 * found[1]:.2f}"
+
+
 def compare(records: list[Evaluation]) -> Comparison:
     """Compares evaluations; the first is the reference.
 
     The average is over the tasks that all models share under one protocol; "of first" of the average is the ratio of the
-    averages, as the papers report retained quality. Where the first model only guesses on some tasks there is a second
-    average without them.
+    averages, as the papers report retained quality. The standard error of a difference is that of the rows' own differences,
+    which is smaller than the two models' errors suggest, because they answer much alike. Where the first model only guesses
+    on some tasks there is a second average without them.
 
     Raises:
         ConfigError: fewer than two records, or nothing that two of them share.
@@ -170,6 +188,7 @@ def _rows(records: list[Evaluation], section: str, left_out: list[str]) -> list[
     for name, first in getattr(records[0], section).items():
         values: list[float | None] = []
         errors: list[float | None] = []
+        answers: list[str | None] = []
         for record in records:
             entry = getattr(record, section).get(name)
             if entry is not None and (how := _how(record, entry)) != _how(records[0], first):
@@ -177,12 +196,23 @@ def _rows(records: list[Evaluation], section: str, left_out: list[str]) -> list[
                 entry = None
             values.append(None if entry is None else _value(entry, section))
             errors.append(None if entry is None else entry.get("stderr"))
+            answers.append(None if entry is None else entry.get("answers"))
         if sum(value is not None for value in values) < 2:
             continue
         share = section == "tasks" and first["metric"].partition(",")[0] in SHARES
         label = _label(name, first) if section == "tasks" else f"perplexity, {name}"
-        rows.append(Row(label, tuple(values), tuple(errors), "share" if share else "number", _how(records[0], first)))
+        differences = tuple(paired_difference(answers[0], other) for other in answers) if share else ()
+        kind = "share" if share else "number"
+        rows.append(Row(label, tuple(values), tuple(errors), kind, _how(records[0], first), differences))
     return rows
+
+
+def paired_difference(first: str | None, other: str | None) -> Difference | None:
+    """Mean over rows of `other` less `first`, and its standard error; both are `TaskScore.answers` of the same rows."""
+    if first is None or other is None or len(first) != len(other) or len(first) < 2:
+        return None
+    differences = [int(b) - int(a) for a, b in zip(first, other, strict=True)]
+    return statistics.fmean(differences), statistics.stdev(differences) / math.sqrt(len(differences))
 
 
 def _how(record: Evaluation, entry: dict[str, Any]) -> str:
@@ -206,7 +236,7 @@ def _above_chance(entry: dict[str, Any]) -> bool:
 
 
 def _average(tasks: list[Row], name: str) -> Row:
-    """The mean over tasks, with its standard error (tasks are independent of each other)."""
+    """The mean over tasks, with its standard error and its differences' (tasks are independent of each other)."""
     columns = range(len(tasks[0].values))
     values = tuple(sum(row.values[i] or 0.0 for row in tasks) / len(tasks) for i in columns)
     errors = tuple(
@@ -216,7 +246,15 @@ def _average(tasks: list[Row], name: str) -> Row:
         for i in columns
     )
     protocol = "mean over tasks that all have; what is retained of it is the ratio of the means"
-    return Row(name, values, errors, "share", protocol)
+    return Row(name, values, errors, "share", protocol, tuple(_mean([row.differences[i] for row in tasks]) for i in columns))
+
+
+def _mean(differences: list[Difference | None]) -> Difference | None:
+    """The mean of independent differences; None if one is not known."""
+    known = [found for found in differences if found is not None]
+    if len(known) < len(differences):
+        return None
+    return statistics.fmean(value for value, _ in known), math.hypot(*(error for _, error in known)) / len(known)
 
 
 def _speed(records: list[Evaluation], left_out: list[str]) -> list[Row]:

@@ -53,6 +53,9 @@ class TaskScore:
         protocol: one line that says how the number came about.
         chance: the share that guessing gets right, where it is known.
         part_of: the group that was asked for and that this task belongs to, or None.
+        answers: for each row in their order whether the metric has 1 or 0 for it, as a character; None for groups and for
+            metrics that are no share of rows. Two models that answered the same rows are compared row by row
+            (`nuteprune.evaluation.compare`).
     """
 
     task: str
@@ -68,6 +71,7 @@ class TaskScore:
     protocol: str
     chance: float | None
     part_of: str | None
+    answers: str | None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -375,7 +379,7 @@ class Harness:
             part.set_fewshot_seed(seed=OTHER_SEED)
         _seed()
         with _quiet() as warnings:
-            found: Any = evaluate(self._lm, task.loaded, limit=limit, log_samples=False)
+            found: Any = evaluate(self._lm, task.loaded, limit=limit, log_samples=True)
         if warnings:  # one a row, as when contexts are cut, would fill the screen
             more = f" (and {len(warnings) - 1:,} more warnings)" if len(warnings) > 1 else ""
             self._warn(f"{task.name}: {warnings[0]}{more}")
@@ -383,11 +387,20 @@ class Harness:
         for name in (*task.loaded["groups"], *task.loaded["tasks"]):
             if metrics := _metrics(found["results"].get(name, {})):  # a group may have no number of its own
                 better = found["higher_is_better"].get(name) or {}
-                scores.append(self._score(task, name, limit, metrics, better, str(found["versions"].get(name, "none"))))
+                answers = _answers(found["samples"].get(name, []), _main_metric(name, metrics))
+                number = str(found["versions"].get(name, "none"))
+                scores.append(self._score(task, name, limit, metrics, better, number, answers))
         return scores
 
     def _score(
-        self, task: LoadedTask, name: str, limit: int | None, metrics: dict[str, Any], better: dict[str, Any], number: str
+        self,
+        task: LoadedTask,
+        name: str,
+        limit: int | None,
+        metrics: dict[str, Any],
+        better: dict[str, Any],
+        number: str,
+        answers: str | None,
     ) -> TaskScore:
         members = task.members(name)
         rows, count = (sum(sizes) for sizes in zip(*(task.rows(member, limit) for member in members), strict=True))
@@ -407,6 +420,7 @@ class Harness:
             protocol=task.protocol(name, limit, self._batch_size),
             chance=KNOWN[name].chance if name in KNOWN else None,
             part_of=None if name == task.name else task.name,
+            answers=answers,
         )
 
 
@@ -428,6 +442,15 @@ def _metrics(result: dict[str, Any]) -> dict[str, dict[str, float | None]]:
         name = metric if kind == "none" else f"{metric},{kind}"
         found[name] = {"value": float(value), "stderr": float(stderr) if isinstance(stderr, int | float) else None}
     return found
+
+
+def _answers(samples: list[dict[str, Any]], metric: str) -> str | None:
+    """`TaskScore.answers` from what the harness keeps of each row."""
+    name, _, kind = metric.partition(",")
+    rows: dict[int, Any] = {s["doc_id"]: s.get(name) for s in samples if s["filter"] == (kind or "none")}
+    if not rows or not all(value in (0, 1) for value in rows.values()):
+        return None
+    return "".join(str(int(rows[row])) for row in sorted(rows))
 
 
 def _main_metric(task: str, metrics: dict[str, Any]) -> str:

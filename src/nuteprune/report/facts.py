@@ -287,7 +287,7 @@ class RunFacts:
             )
         if self.comparison is not None:
             _, body = self.comparison.table()
-            for row, (name, dense, pruned, change) in list(zip(self.comparison.rows, body, strict=True))[1:]:
+            for row, (name, dense, pruned, change, *_) in list(zip(self.comparison.rows, body, strict=True))[1:]:
                 kept = f"{change} kept" if row.kind == "share" and row.ratio(1) is not None else change
                 lines.append(Line(name, dense, pruned, kept, row.protocol))
         return lines
