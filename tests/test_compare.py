@@ -55,11 +55,12 @@ def test_ratios_and_the_average_of_the_papers() -> None:
 
 def test_models_that_answered_the_same_rows_are_compared_by_rows() -> None:
     piqa, boolq = ("1110100010", "1101101011"), ("1100", "0100")
-    given = {"piqa": (0.5, 0.17), "boolq": (0.5, 0.29)}
+    given = {"piqa": (0.5, 0.17), "boolq": (0.5, 0.29), "exact": (0.5, 0.1)}
     dense, pruned, other = _record("dense", given), _record("pruned", given), _record("other", given)
     for record, *answers in zip((dense, pruned), piqa, boolq, strict=True):
-        for entry, found in zip(record.tasks.values(), answers, strict=True):
-            entry |= {"answers": found, "value": found.count("1") / len(found)}
+        for task, found in zip(("piqa", "boolq"), answers, strict=True):
+            record.tasks[task] |= {"answers": found, "value": found.count("1") / len(found)}
+        record.tasks["exact"] |= {"answers": "10", "metric": "brier_score"}  # no share of rows, whatever its answers
     found = compare([dense, pruned, other])
     rows = {row.name: row for row in found.rows}
     own = [int(b) - int(a) for a, b in zip(*piqa, strict=True)]
@@ -71,7 +72,18 @@ def test_models_that_answered_the_same_rows_are_compared_by_rows() -> None:
     header, body = found.table()
     assert header == ["", "dense", "pruned", "of first", "difference", "other", "of first"]  # other has no rows to compare
     assert all(len(line) == len(header) for line in body)
-    assert [line[4] for line in body][:2] == ["-", "-"]  # parameters, perplexity
+    assert [line[4] for line in body][:3] == ["-", "-", f"{10 * sum(own):+.2f} ± {100 * error:.2f}"]  # parameters, perplexity
+    assert [line[4] for line in body if line[0].startswith("exact")] == ["-"]
+    assert f"| {10 * sum(own):+.2f} ± {100 * error:.2f} |" in found.markdown()
+    assert sum(note.startswith("difference: from the first model, in points") for note in found.notes) == 1
+    by_name = {row["name"]: row["differences"] for row in found.to_dict()["rows"]}
+    assert by_name["piqa (acc)"][1] == [pytest.approx(sum(own) / 10), pytest.approx(error)]
+    assert by_name["parameters"] == by_name["exact (brier_score)"] == []
+    del pruned.tasks["boolq"]["answers"]  # as in a record of an earlier version
+    partly = {row.name: row.differences for row in compare([dense, pruned]).rows}
+    assert partly["piqa (acc)"][1] is not None
+    assert partly["boolq (acc)"][1] is partly["average of 2 tasks"][1] is None
+    assert not any(note.startswith("difference") for note in compare([dense, other]).notes)
     assert paired_difference("10", "101") is None  # not the same rows
     assert paired_difference("1", "0") is None  # no error from one row
 
@@ -132,10 +144,11 @@ def test_broken_records_are_named(content: str, tmp_path: Path) -> None:
     path.write_text(json.dumps(whole))
     with pytest.raises(DataError, match=r"tasks piqa has no value that can be read"):
         Evaluation.load(path)
-    whole["tasks"]["piqa"] |= {"value": 0.5, "answers": "0 1"}
-    path.write_text(json.dumps(whole))
-    with pytest.raises(DataError, match=r"tasks piqa has answers other than 0 and 1"):
-        Evaluation.load(path)
+    for answers in ("0 1", 0, [], False):
+        whole["tasks"]["piqa"] |= {"value": 0.5, "answers": answers}
+        path.write_text(json.dumps(whole))
+        with pytest.raises(DataError, match=r"tasks piqa has answers other than 0 and 1"):
+            Evaluation.load(path)
     with pytest.raises(ConfigError, match=r"nothing\.json cannot be read"):
         Evaluation.load(tmp_path / "nothing.json")
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import lm_eval.tasks
+import numpy as np
 import pytest
 import yaml
 from conftest import WORDS, make_tokenizer, tiny_config, tiny_model
@@ -17,7 +18,7 @@ from lm_eval.evaluator import simple_evaluate
 
 from nuteprune.errors import ConfigError, DataError
 from nuteprune.evaluation import run as evaluation_run
-from nuteprune.evaluation.harness import Harness, LoadedTask, load_tasks
+from nuteprune.evaluation.harness import Harness, LoadedTask, _answers, load_tasks
 from nuteprune.evaluation.known_tasks import KNOWN, PAPER, KnownTask
 from nuteprune.evaluation.local_rows import read_rows
 from nuteprune.evaluation.record import Evaluation
@@ -215,6 +216,21 @@ def test_groups_count_as_one(tmp_path: Path) -> None:
     assert [len(score.answers or "") for score in scores] == [0, 3, 5]
     assert scores[0].value == pytest.approx((3 * scores[1].value + 5 * scores[2].value) / 8)
     assert "group both of 2 tasks" in scores[0].protocol
+
+
+def test_answers_are_those_of_the_metric_and_its_filter() -> None:
+    kept = [
+        {"doc_id": row, "filter": kind, "acc": float(kind == "strict" and row > 0), "f1": row / 2, "pair": (1, row)}
+        for kind in ("loose", "strict")
+        for row in (2, 0, 1)
+    ]
+    assert _answers(kept, "acc,strict") == "011"  # in the rows' order
+    assert _answers(kept, "acc,loose") == "000"
+    for metric in ("acc", "f1,strict", "pair,strict", "other,strict"):  # another filter, parts of a row, no number, not there
+        assert _answers(kept, metric) is None
+    assert _answers([{"doc_id": 0, "filter": "none", "acc": np.float64(1)}], "acc") == "1"
+    assert _answers([{"doc_id": 0, "filter": "none", "acc": np.ones(2)}], "acc") is None
+    assert _answers([], "acc") is None
 
 
 def test_what_the_harness_warns_of_is_passed_on(tmp_path: Path) -> None:

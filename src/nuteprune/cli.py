@@ -298,7 +298,10 @@ def compare_command(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the table to this file too.")] = None,
 ) -> None:
-    """Puts evaluated models side by side: what each retains of the first one's quality, by task and on average."""
+    """Puts evaluated models side by side: what each retains of the first one's quality, by task and on average.
+
+    Where the models answered the same rows, differences have the standard error of a comparison row by row.
+    """
     from nuteprune.evaluation.compare import compare, find_records
     from nuteprune.files import check_output, save_json
 

@@ -11,6 +11,9 @@ from typing import Any
 from nuteprune.errors import ConfigError
 from nuteprune.evaluation.record import DENSE, FOLDER, PRUNED, Evaluation, run_folder
 
+PAIRED = (
+    "difference: from the first model, in points, ± the standard error over rows that both answered (not over training seeds)."
+)
 SHARES = ("acc", "acc_norm", "exact_match", "f1")  # metrics that are shares of rows
 
 
@@ -27,8 +30,8 @@ class Row:
         stderr: standard errors, None where there are none.
         kind: "share" (accuracies and the like), "number", or "count".
         protocol: how it was measured.
-        differences: from the first model's value, each with its standard error over rows that both models answered; None
-            where answers are not known row by row. Empty: not a task.
+        differences: from the first model's value, each with its standard error over the rows that both answered; None where
+            they are not known row by row. Empty where the measure is no share of rows.
     """
 
     name: str
@@ -65,6 +68,8 @@ class Comparison:
         for row in self.rows:
             by_protocol.setdefault(row.protocol, []).append(row.name)
         found = [f"{', '.join(names)}: {protocol}." for protocol, names in by_protocol.items() if protocol]
+        if any(any(row.differences[1:]) for row in self.rows):
+            found.append(PAIRED)
         return [*found, *self.left_out]
 
     def table(self) -> tuple[list[str], list[list[str]]]:
@@ -149,7 +154,7 @@ def compare(records: list[Evaluation]) -> Comparison:
 
     The average is over the tasks that all models share under one protocol; "of first" of the average is the ratio of the
     averages, as the papers report retained quality. The standard error of a difference is that of the rows' own differences,
-    which is smaller than the two models' errors suggest, because they answer much alike. Where the first model only guesses
+    mostly smaller than the two models' errors suggest, because they answer alike. Where the first model only guesses
     on some tasks there is a second average without them.
 
     Raises:
@@ -246,10 +251,12 @@ def _average(tasks: list[Row], name: str) -> Row:
         for i in columns
     )
     protocol = "mean over tasks that all have; what is retained of it is the ratio of the means"
-    return Row(name, values, errors, "share", protocol, tuple(_mean([row.differences[i] for row in tasks]) for i in columns))
+    return Row(
+        name, values, errors, "share", protocol, tuple(_mean_difference([row.differences[i] for row in tasks]) for i in columns)
+    )
 
 
-def _mean(differences: list[Difference | None]) -> Difference | None:
+def _mean_difference(differences: list[Difference | None]) -> Difference | None:
     """The mean of independent differences; None if one is not known."""
     known = [found for found in differences if found is not None]
     if len(known) < len(differences):

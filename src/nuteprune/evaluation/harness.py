@@ -383,44 +383,31 @@ class Harness:
         if warnings:  # one a row, as when contexts are cut, would fill the screen
             more = f" (and {len(warnings) - 1:,} more warnings)" if len(warnings) > 1 else ""
             self._warn(f"{task.name}: {warnings[0]}{more}")
-        scores = []
-        for name in (*task.loaded["groups"], *task.loaded["tasks"]):
-            if metrics := _metrics(found["results"].get(name, {})):  # a group may have no number of its own
-                better = found["higher_is_better"].get(name) or {}
-                answers = _answers(found["samples"].get(name, []), _main_metric(name, metrics))
-                number = str(found["versions"].get(name, "none"))
-                scores.append(self._score(task, name, limit, metrics, better, number, answers))
-        return scores
+        names = (*task.loaded["groups"], *task.loaded["tasks"])
+        return [self._score(task, name, limit, found) for name in names if _metrics(found, name)]  # a group may have none
 
-    def _score(
-        self,
-        task: LoadedTask,
-        name: str,
-        limit: int | None,
-        metrics: dict[str, Any],
-        better: dict[str, Any],
-        number: str,
-        answers: str | None,
-    ) -> TaskScore:
+    def _score(self, task: LoadedTask, name: str, limit: int | None, found: dict[str, Any]) -> TaskScore:
+        """The score of a task or a group in what the harness returns."""
         members = task.members(name)
         rows, count = (sum(sizes) for sizes in zip(*(task.rows(member, limit) for member in members), strict=True))
+        metrics = _metrics(found, name)
         metric = _main_metric(name, metrics)
-        known = better.get(metric.partition(",")[0])
+        better = (found["higher_is_better"].get(name) or {}).get(metric.partition(",")[0])
         return TaskScore(
             task=name,
             metric=metric,
             value=metrics[metric]["value"],
             stderr=metrics[metric]["stderr"],
             metrics=metrics,
-            higher_is_better=True if known is None else bool(known),
+            higher_is_better=True if better is None else bool(better),
             rows=rows,
             of=count,
             fewshot=max(task.loaded["tasks"][member].config.num_fewshot for member in members),
-            version=number,
+            version=str(found["versions"].get(name, "none")),
             protocol=task.protocol(name, limit, self._batch_size),
             chance=KNOWN[name].chance if name in KNOWN else None,
             part_of=None if name == task.name else task.name,
-            answers=answers,
+            answers=_answers(found["samples"].get(name, []), metric),
         )
 
 
@@ -431,24 +418,25 @@ def _seed() -> None:
     torch.manual_seed(OTHER_SEED)
 
 
-def _metrics(result: dict[str, Any]) -> dict[str, dict[str, float | None]]:
-    """The metrics of a result of the harness, whose keys are "metric,filter" and "metric_stderr,filter"."""
-    found: dict[str, dict[str, float | None]] = {}
+def _metrics(found: dict[str, Any], name: str) -> dict[str, dict[str, Any]]:
+    """The metrics of a task or a group in what the harness returns: keys "metric,filter" and "metric_stderr,filter"."""
+    result = found["results"].get(name, {})
+    metrics: dict[str, dict[str, Any]] = {}
     for key, value in result.items():
         metric, _, kind = key.partition(",")
         if not kind or metric.endswith("_stderr") or not isinstance(value, int | float):
             continue
         stderr = result.get(f"{metric}_stderr,{kind}")
-        name = metric if kind == "none" else f"{metric},{kind}"
-        found[name] = {"value": float(value), "stderr": float(stderr) if isinstance(stderr, int | float) else None}
-    return found
+        shown = metric if kind == "none" else f"{metric},{kind}"
+        metrics[shown] = {"value": float(value), "stderr": float(stderr) if isinstance(stderr, int | float) else None}
+    return metrics
 
 
 def _answers(samples: list[dict[str, Any]], metric: str) -> str | None:
     """`TaskScore.answers` from what the harness keeps of each row."""
     name, _, kind = metric.partition(",")
     rows: dict[int, Any] = {s["doc_id"]: s.get(name) for s in samples if s["filter"] == (kind or "none")}
-    if not rows or not all(value in (0, 1) for value in rows.values()):
+    if not rows or not all(isinstance(value, int | float | np.number) and value in (0, 1) for value in rows.values()):
         return None
     return "".join(str(int(rows[row])) for row in sorted(rows))
 

@@ -95,7 +95,8 @@ class Evaluation:
                     for key, kinds in needed.items():
                         if key not in entry or not isinstance(entry[key], kinds):
                             raise TypeError(f"{section} {name} has no {key} that can be read")
-                    if set(entry.get("answers") or "") - {"0", "1"}:
+                    answers = entry.get("answers")  # records of earlier versions have none
+                    if answers is not None and (not isinstance(answers, str) or set(answers) - {"0", "1"}):
                         raise TypeError(f"{section} {name} has answers other than 0 and 1")
         except OSError as error:
             raise ConfigError(f"{path} cannot be read: {error.strerror or error}.") from error
