@@ -103,7 +103,7 @@ def dense_of(groups: dict[str, list[Row]], rows: list[Row]) -> Row | None:
 
 def _measured_alike(dense: dict[str, Any], other: dict[str, Any]) -> bool:
     """Whether a result of the dense model has all that another has, measured in the same way."""
-    how = ("dtype", *(("skip", "leave_out", "limit") if other["tasks"] else ()))
+    how = ("dtype", *(("leave_out", "limit") if other["tasks"] else ()))
     if "evaluate" in dense and "evaluate" in other and any(dense["evaluate"].get(k) != other["evaluate"].get(k) for k in how):
         return False
     texts = {name: entry["protocol"] for name, entry in other["perplexity"].items()}

@@ -383,14 +383,17 @@ class Harness:
         if warnings:  # one a row, as when contexts are cut, would fill the screen
             more = f" (and {len(warnings) - 1:,} more warnings)" if len(warnings) > 1 else ""
             self._warn(f"{task.name}: {warnings[0]}{more}")
-        names = (*task.loaded["groups"], *task.loaded["tasks"])
-        return [self._score(task, name, limit, found) for name in names if _metrics(found, name)]  # a group may have none
+        measured = {name: _metrics(found["results"].get(name, {})) for name in (*task.loaded["groups"], *task.loaded["tasks"])}
+        return [
+            self._score(task, name, limit, found, metrics) for name, metrics in measured.items() if metrics
+        ]  # groups may have none
 
-    def _score(self, task: LoadedTask, name: str, limit: int | None, found: dict[str, Any]) -> TaskScore:
+    def _score(
+        self, task: LoadedTask, name: str, limit: int | None, found: dict[str, Any], metrics: dict[str, Any]
+    ) -> TaskScore:
         """The score of a task or a group in what the harness returns."""
         members = task.members(name)
         rows, count = (sum(sizes) for sizes in zip(*(task.rows(member, limit) for member in members), strict=True))
-        metrics = _metrics(found, name)
         metric = _main_metric(name, metrics)
         better = (found["higher_is_better"].get(name) or {}).get(metric.partition(",")[0])
         return TaskScore(
@@ -418,18 +421,17 @@ def _seed() -> None:
     torch.manual_seed(OTHER_SEED)
 
 
-def _metrics(found: dict[str, Any], name: str) -> dict[str, dict[str, Any]]:
-    """The metrics of a task or a group in what the harness returns: keys "metric,filter" and "metric_stderr,filter"."""
-    result = found["results"].get(name, {})
-    metrics: dict[str, dict[str, Any]] = {}
+def _metrics(result: dict[str, Any]) -> dict[str, dict[str, float | None]]:
+    """The metrics of a result of the harness, whose keys are "metric,filter" and "metric_stderr,filter"."""
+    found: dict[str, dict[str, float | None]] = {}
     for key, value in result.items():
         metric, _, kind = key.partition(",")
         if not kind or metric.endswith("_stderr") or not isinstance(value, int | float):
             continue
         stderr = result.get(f"{metric}_stderr,{kind}")
-        shown = metric if kind == "none" else f"{metric},{kind}"
-        metrics[shown] = {"value": float(value), "stderr": float(stderr) if isinstance(stderr, int | float) else None}
-    return metrics
+        name = metric if kind == "none" else f"{metric},{kind}"
+        found[name] = {"value": float(value), "stderr": float(stderr) if isinstance(stderr, int | float) else None}
+    return found
 
 
 def _answers(samples: list[dict[str, Any]], metric: str) -> str | None:
