@@ -240,7 +240,9 @@ def test_a_list_with_mistakes_is_refused(modules: dict[str, ModuleType], tmp_pat
     found = modules["experiments"].read(listed(tmp_path, model_folder, seeds=[0, 1]), only="g/wanda*")
     assert [e.key for e in found] == ["g/wanda-s0", "g/wanda-s1"]
     without_seed = modules["experiments"].read(listed(tmp_path, model_folder, seeds=[0, 1]), only="g/wanda,g/dense")
-    assert [e.key for e in without_seed] == ["g/dense", "g/wanda-s0", "g/wanda-s1"]
+    assert [e.key for e in without_seed] == ["g/wanda-s0", "g/wanda-s1", "g/dense"]
+    whole = modules["experiments"].read(listed(tmp_path, model_folder, seeds=[0, 1]), only="g/wanda-s1,*")
+    assert [e.key for e in whole] == ["g/wanda-s1", "g/dense", "g/wanda-s0"]
     with pytest.raises(SystemExit, match="--only g/wonda stands for no experiment"):
         modules["experiments"].read(listed(tmp_path, model_folder), only="g/wanda,g/wonda")
 

@@ -49,7 +49,7 @@ class Experiment:
 
 
 def read(path: Path = LIST, only: str = "*") -> list[Experiment]:
-    """The experiments of a list, in its order.
+    """The experiments of a list, in the order of the patterns and then of the list.
 
     Args:
         path: YAML: `options` for all; `groups` with `options`, `learned` (options of runs without a one-shot method),
@@ -79,12 +79,13 @@ def read(path: Path = LIST, only: str = "*") -> list[Experiment]:
             for seed in seeds:
                 found.append(Experiment(group, name, seed, options, content["evaluate"]))
     names = [(e.key, f"{e.group}/{e.name}") for e in found]
-    stands = chosen(names, only, f"experiment of {path}; write group/run or group/run-sSEED")
-    return [e for e, wanted in zip(found, stands, strict=True) if wanted]
+    places = chosen(names, only, f"experiment of {path}; write group/run or group/run-sSEED")
+    ordered = sorted(zip(places, found, strict=True), key=lambda pair: -1 if pair[0] is None else pair[0])
+    return [e for place, e in ordered if place is not None]
 
 
-def chosen(names: list[tuple[str, str]], only: str, what: str) -> list[bool]:
-    """Which things patterns stand for.
+def chosen(names: list[tuple[str, str]], only: str, what: str) -> list[int | None]:
+    """Which of the patterns stands for each thing: the place of the first one, None where none does.
 
     Args:
         names: the two names of each thing, either of which may match.
@@ -97,4 +98,4 @@ def chosen(names: list[tuple[str, str]], only: str, what: str) -> list[bool]:
     patterns = only.split(",")
     if idle := [p for p in patterns if not any(fnmatch(name, p) for both in names for name in both)]:
         raise SystemExit(f"--only {','.join(idle)} stands for no {what}")
-    return [any(fnmatch(name, p) for name in both for p in patterns) for both in names]
+    return [next((i for i, p in enumerate(patterns) if any(fnmatch(name, p) for name in both)), None) for both in names]

@@ -83,10 +83,10 @@ def choose(groups: dict[str, list[Row]], only: str) -> dict[str, list[Row]]:
         SystemExit: a pattern stands for none.
     """
     every = [(group, row) for group, rows in groups.items() for row in rows]
-    stands = chosen([(g, f"{g}/{row.name}") for g, row in every], only, f"result; there are the groups {', '.join(groups)}")
+    places = chosen([(g, f"{g}/{row.name}") for g, row in every], only, f"result; there are the groups {', '.join(groups)}")
     kept: dict[str, list[Row]] = defaultdict(list)
-    for (group, row), wanted in zip(every, stands, strict=True):
-        if wanted:
+    for (group, row), place in zip(every, places, strict=True):
+        if place is not None:
             kept[group].append(row)
     return dict(kept)
 
