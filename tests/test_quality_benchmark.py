@@ -24,10 +24,11 @@ FOLDER = Path(__file__).parent.parent / "benchmarks/quality"
 def modules(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model_folder: Path) -> dict[str, ModuleType]:
     monkeypatch.syspath_prepend(str(FOLDER))
     found = {}
-    for name in ("experiments", "run", "table"):
+    for name in ("experiments", "run", "table", "paired"):
         sys.modules.pop(name, None)
         found[name] = importlib.import_module(name)
-        monkeypatch.setattr(found[name], "RESULTS", tmp_path / "results")
+        if name != "paired":  # which reads by table
+            monkeypatch.setattr(found[name], "RESULTS", tmp_path / "results")
     monkeypatch.setattr(found["run"], "MODEL", str(model_folder))
     yield found  # type: ignore[misc]
     for name in found:
@@ -232,6 +233,61 @@ def test_pictures_and_tables_compare_like_with_like(modules: dict[str, ModuleTyp
     assert {group: [row.name for row in rows] for group, rows in named.items()} == {"g": ["one-25", "one-50"], "third": ["run"]}
     with pytest.raises(SystemExit, match=r"--only h/\* stands for no result"):
         table.choose(groups, "g,h/*")
+
+
+def test_two_runs_are_compared_row_by_row(
+    modules: dict[str, ModuleType], tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    def result(name: str, seed: int, piqa: str, easy: str | None, **evaluate: Any) -> None:
+        scores = {
+            task: {"value": 0.9, "stderr": 0.01, "answers": answers}
+            for task, answers in {"piqa": piqa, "arc_easy": easy}.items()
+        }
+        text = {"a": {"perplexity": 9.0, "protocol": "a", "windows": 2}}
+        options = {} if name == "g/dense" else {"sparsity": 0.2}
+        found = {
+            "experiment": name,
+            "seed": seed,
+            "options": options,
+            "perplexity": text,
+            "tasks": scores,
+            "evaluate": evaluate,
+        }
+        path = tmp_path / "results" / name / "result.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(found))
+
+    result("g/dense", 0, "1111", "1100")
+    result("g/one-s0", 0, "1010", "1100")
+    result("g/one-s1", 1, "1000", "1100")
+    result("g/two-s0", 0, "0110", "1111")
+    result("g/two-s1", 1, "1011", "1101")
+    result("g/two-s2", 2, "0000", "0000")  # the other has no such seed
+    result("g/old-s0", 0, "1010", None)
+    result("g/less-s0", 0, "1010", "1100", limit=4)
+    result("g/later-s4", 4, "1010", "1100")
+
+    def said(*names: str) -> dict[str, list[str]]:
+        monkeypatch.setattr(sys, "argv", ["paired.py", *names])
+        modules["paired"].main()
+        lines = capsys.readouterr().out.splitlines()
+        return {cells[1]: cells[2:-1] for line in lines if len(cells := [c.strip() for c in line.split("|")]) > 2}
+
+    # rows of PIQA: -1, 1, 0, 0 and 0, 0, 1, 1; their means -0.5, 0.5, 0.5, 0.5; error 0.5 / sqrt(4)
+    found = said("g/one", "g/two")
+    assert found["piqa"] == ["4", "+25.00", "25.00", "+0.00, +50.00"]
+    assert found["arc_easy"] == ["4", "+37.50", "23.94", "+50.00, +25.00"]
+    assert found["mean of all"] == ["", "+31.25", f"{(25**2 + 23.936**2) ** 0.5 / 2:.2f}", "+25.00, +37.50"]
+    assert said("g/dense", "g/one")["piqa"] == ["4", "-62.50", "23.94", "-50.00, -75.00"]  # beside each seed
+    assert {v[1][0] for v in said("g/two", "g/one").values() if len(v) == 4 and v[1][0] in "+-"} == {"-"}
+    with pytest.raises(SystemExit, match="arc_easy: answers are not kept"):
+        said("g/old", "g/one")
+    with pytest.raises(SystemExit, match="asked other rows"):
+        said("g/less", "g/one")
+    with pytest.raises(SystemExit, match="no seed in common"):
+        said("g/later", "g/one")
+    with pytest.raises(SystemExit, match="stands for 2 runs; name one"):
+        said("g/o*", "g/two")
 
 
 def test_a_list_with_mistakes_is_refused(modules: dict[str, ModuleType], tmp_path: Path, model_folder: Path) -> None:

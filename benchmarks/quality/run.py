@@ -57,7 +57,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of the data sets (README.md says which files)")
     parser.add_argument("--work", type=Path, required=True, help="folder for the runs")
     parser.add_argument("--list", type=Path, default=LIST, help="the experiments")
-    parser.add_argument("--only", default="*", help="patterns of the experiments to run, separated by commas, the first ones first")
+    parser.add_argument(
+        "--only", default="*", help="patterns of the experiments to run, separated by commas, the first ones first"
+    )
     parser.add_argument("--keep", action="store_true", help="keep the runs")
     parser.add_argument("--in-process", action="store_true", help="start no process for each command")
     args = parser.parse_args()

@@ -1,0 +1,107 @@
+"""Which of two runs knows more of the tasks' rows, seed by seed and row by row.
+
+    python benchmarks/quality/paired.py whole-600k/taylor-repair-20 whole-600k/default-20
+
+Two models answer much alike, so the error of their difference on the same rows is about half of what their two scores suggest.
+Prints for each task the second run less the first, in points: the mean over the seeds that both have, its standard error over
+rows (a row's difference is first averaged over seeds), and each seed alone; then means over the tasks on which the dense model
+is clearly above chance, and over all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from table import Row, choose, dense_of, read, telling
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("first", help="group/run, such as a baseline or the dense model")
+    parser.add_argument("other", help="group/run; positive differences are rows that this one knows more")
+    args = parser.parse_args()
+    groups = read()
+    first, other = (one(choose(groups, name), name) for name in (args.first, args.other))
+    dense = dense_of(groups, [other])
+    print(f"### {args.other} less {args.first}\n\n{table(first, other, telling(dense))}")
+
+
+def one(shown: dict[str, list[Row]], name: str) -> Row:
+    """The run that a name stands for.
+
+    Raises:
+        SystemExit: it stands for several.
+    """
+    rows = [row for group in shown.values() for row in group]
+    if len(rows) != 1:
+        raise SystemExit(f"{name} stands for {len(rows)} runs; name one, as group/run")
+    return rows[0]
+
+
+def table(first: Row, other: Row, clear: Sequence[str]) -> str:
+    """Differences as Markdown.
+
+    Args:
+        first: a run, or the dense model, which has no seeds and stands beside each of the other's.
+        other: a run.
+        clear: tasks whose mean is shown by itself.
+
+    Raises:
+        SystemExit: they have no seed or no task in common, or their answers are not kept for the same rows.
+    """
+    pairs = paired(first, other)
+    rows = [[r["evaluate"].get(k) for k in ("leave_out", "limit")] for pair in pairs for r in pair]
+    if any(row != rows[0] for row in rows):
+        raise SystemExit(f"{first.name} and {other.name} were asked other rows of the tasks (leave_out, limit)")
+    tasks = [task for task in pairs[0][0]["tasks"] if all(task in r["tasks"] for pair in pairs for r in pair)]
+    if not tasks:
+        raise SystemExit(f"{first.name} and {other.name} have no task in common")
+    differences = {task: [row_differences(*(r["tasks"][task] for r in pair), task) for pair in pairs] for task in tasks}
+    means = {task: [100 * statistics.fmean(seed) for seed in differences[task]] for task in tasks}
+    errors = {task: 100 * error(differences[task]) for task in tasks}
+    lines = ["| task | rows | difference | standard error | each seed |", "|---|---|---|---|---|"]
+    for task in tasks:
+        lines.append(_line(task, str(len(differences[task][0])), means[task], errors[task]))
+    for name, chosen in (("of those clearly above chance", [t for t in tasks if t in clear]), ("of all", tasks)):
+        if len(chosen) > 1:
+            seeds = [statistics.fmean(seed) for seed in zip(*(means[t] for t in chosen), strict=True)]
+            combined = math.sqrt(sum(errors[t] ** 2 for t in chosen)) / len(chosen)
+            lines.append(_line(f"mean {name}", "", seeds, combined))
+    return "\n".join(lines)
+
+
+def paired(first: Row, other: Row) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Results of the seeds that both have."""
+    if not first.results[0]["options"]:
+        return [(first.results[0], result) for result in other.results]
+    by_seed = {result["seed"]: result for result in first.results}
+    pairs = [(by_seed[result["seed"]], result) for result in other.results if result["seed"] in by_seed]
+    if not pairs:
+        raise SystemExit(f"{first.name} and {other.name} have no seed in common")
+    return pairs
+
+
+def row_differences(first: dict[str, Any], other: dict[str, Any], task: str) -> list[int]:
+    """For each row 1 where only the other knows it, -1 where only the first does, 0 else."""
+    before, after = first.get("answers"), other.get("answers")
+    if before is None or after is None or len(before) != len(after):
+        raise SystemExit(f"{task}: answers are not kept for the same rows; evaluate both again with the same protocol")
+    return [int(b) - int(a) for a, b in zip(before, after, strict=True)]
+
+
+def error(seeds: list[list[int]]) -> float:
+    """Standard error over rows of the mean difference of some seeds (each a list of the rows' differences)."""
+    rows = [statistics.fmean(row) for row in zip(*seeds, strict=True)]
+    return statistics.stdev(rows) / math.sqrt(len(rows))
+
+
+def _line(name: str, rows: str, seeds: list[float], error: float) -> str:
+    return f"| {name} | {rows} | {statistics.fmean(seeds):+.2f} | {error:.2f} | {', '.join(f'{v:+.2f}' for v in seeds)} |"
+
+
+if __name__ == "__main__":
+    main()
