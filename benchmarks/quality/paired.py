@@ -60,7 +60,7 @@ def table(first: Row, other: Row, clear: Sequence[str]) -> str:
     tasks = [task for task in pairs[0][0]["tasks"] if all(task in r["tasks"] for pair in pairs for r in pair)]
     if not tasks:
         raise SystemExit(f"{first.name} and {other.name} have no task in common")
-    differences = {task: [row_differences(*(r["tasks"][task] for r in pair), task) for pair in pairs] for task in tasks}
+    differences = {task: [row_differences(a["tasks"][task], b["tasks"][task], task) for a, b in pairs] for task in tasks}
     means = {task: [100 * statistics.fmean(seed) for seed in differences[task]] for task in tasks}
     errors = {task: 100 * error(differences[task]) for task in tasks}
     lines = ["| task | rows | difference | standard error | each seed |", "|---|---|---|---|---|"]
