@@ -185,7 +185,7 @@ def draw(groups: dict[str, list[Row]], shown: dict[str, list[Row]], folder: Path
                     if base := dense.perplexity(text):
                         ratio = statistics.fmean(row.perplexity(text)) / statistics.fmean(base)
                         panels[f"{text}: perplexity over the dense model's"][line].append((place, ratio))
-                tasks = telling(dense)
+                tasks = [task for task in telling(dense) if row.task(task) is not None]
                 own, base_mean = average(row, tasks), average(dense, tasks)
                 if own is not None and base_mean:
                     panels[f"{', '.join(tasks)}: mean over the dense model's"][line].append((place, own / base_mean))
@@ -194,12 +194,14 @@ def draw(groups: dict[str, list[Row]], shown: dict[str, list[Row]], folder: Path
             continue
         wide = min(len(found), WIDE)
         high = -(-len(found) // wide)
-        figure, axes = plt.subplots(high, wide, figsize=(4.6 * wide, 4.2 * high), layout="constrained", squeeze=False)
+        names = sorted({name for lines in found.values() for name in lines})  # a line looks alike in all panels
+        looks = {name: dict(zip(("color", "linestyle"), _look(i), strict=True)) for i, name in enumerate(names)}
+        figure, axes = plt.subplots(high, wide, figsize=(4.6 * wide, 3.6 * high), layout="constrained", squeeze=False)
         for panel in axes.flat[len(found) :]:
             panel.remove()
         for panel, (title, lines) in zip(axes.flat, sorted(found.items(), reverse=True), strict=False):
             for name, points in sorted(lines.items()):
-                panel.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
+                panel.plot(*zip(*sorted(points), strict=True), marker="o", label=name, **looks[name])
             panel.set(xlabel=label)
             panel.set_title(title, fontsize=8)
             if axis == "tokens":
@@ -208,11 +210,19 @@ def draw(groups: dict[str, list[Row]], shown: dict[str, list[Row]], folder: Path
                 panel.set_xticks(places, [f"{place:,}" for place in places])
                 panel.minorticks_off()
             panel.grid(alpha=0.3)
-            panel.legend(fontsize=8)
+        shown_lines = {
+            label: line for panel in axes.flat for line, label in zip(*panel.get_legend_handles_labels(), strict=True)
+        }
+        figure.legend([shown_lines[n] for n in names], names, loc="outside lower center", ncols=wide, fontsize=8)
         made.append(folder / f"quality-{axis}.png")
         figure.savefig(made[-1], dpi=120)
         plt.close(figure)
     return made
+
+
+def _look(place: int) -> tuple[str, str]:
+    """Colour and style of a line."""
+    return f"C{place % 10}", ("-", "--", ":")[place // 10 % 3]
 
 
 if __name__ == "__main__":
