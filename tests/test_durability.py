@@ -121,10 +121,29 @@ def _kill_loop(config: PruneConfig, folder: Path, kills: int, seed: int) -> Coun
             where = "training" if 0 <= steps < config.total_steps else "after it" if kept else "before it"
             survived[where if run.is_dir() else "no folder yet"] += 1
         else:
+            if process.exitcode != 0:  # killed after its last file: who comes next has nothing else to do
+                with pytest.raises(ConfigError, match="is complete"):
+                    resume(run)
             _same(Path(config.out), run)
             assert not [p for p in run.rglob("*") if ".tmp" in p.name], "leftovers are removed by who comes next"
             ended += 1
     return survived
+
+
+def test_what_a_kill_left_in_a_run_that_was_done_is_removed(durable: PruneConfig) -> None:
+    """The folder of a file that was renamed already, which no later write of that file comes to remove."""
+    run, host = Path(durable.out), platform.node()
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    left = [run / f".result.json.{host}-{gone.pid}.tmp", run / "model" / f".config.json.{host}-{gone.pid}.tmp"]
+    kept = [run / f".result.json.{host}-{os.getppid()}.tmp", run / f".result.json.elsewhere-{gone.pid}.tmp"]  # may be writing
+    for folder in left + kept:
+        folder.mkdir()
+    with pytest.raises(ConfigError, match="is complete"):
+        resume(run)
+    assert [folder.is_dir() for folder in left + kept] == [False, False, True, True]
+    for folder in kept:
+        folder.rmdir()
 
 
 def test_kills_at_random_moments_lose_nothing(durable: PruneConfig, tmp_path: Path) -> None:

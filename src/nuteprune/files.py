@@ -11,7 +11,7 @@ import platform
 import re
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +56,22 @@ def _flush(path: Path) -> None:
 def _temporary(path: Path) -> Path:
     """A free name beside a path, this process's own; what processes of this machine left that are gone is removed."""
     host = platform.node()
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.{glob.escape(host)}-*.tmp*"):
-        owner = leftover.name.removeprefix(f".{path.name}.{host}-").partition(".")[0]
-        if owner.isdigit() and (int(owner) == os.getpid() or not _runs(int(owner))):
-            shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+    _remove(path.parent.glob(f".{glob.escape(path.name)}.{glob.escape(host)}-*.tmp*"))
     return path.with_name(f".{path.name}.{host}-{os.getpid()}.tmp")
+
+
+def sweep(folder: Path) -> None:
+    """Removes what processes of this machine that are gone left half-written anywhere in a folder."""
+    _remove(folder.rglob(f".*.{glob.escape(platform.node())}-*.tmp*"))
+
+
+def _remove(leftovers: Iterable[Path]) -> None:
+    """Removes temporary files and folders of processes of this machine that are gone, and of this one, as far as it may."""
+    for leftover in [*leftovers]:
+        owner = leftover.name.rpartition(f".{platform.node()}-")[2].partition(".")[0]
+        if owner.isdigit() and (int(owner) == os.getpid() or not _runs(int(owner))):
+            with suppress(OSError):
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
 def _runs(process: int) -> bool:
@@ -88,9 +99,9 @@ def atomic_file(path: Path) -> Iterator[Path]:
             yield temporary
             _flush(temporary)
             os.replace(temporary, path)
-            _flush(path.parent)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+        _flush(path.parent)
 
 
 @contextmanager

@@ -32,7 +32,7 @@ from nuteprune.errors import ConfigError, TrainingError
 from nuteprune.evaluation.perplexity import Perplexity, blocks_perplexity
 from nuteprune.export.equality import check_equal
 from nuteprune.export.hf import compact_config, is_stock, stock_config, write_folder
-from nuteprune.files import atomic_folder, save_json, save_tensors, save_text, unwritable_parent
+from nuteprune.files import atomic_folder, save_json, save_tensors, save_text, sweep, unwritable_parent
 from nuteprune.masking import MaskedModel
 from nuteprune.models import DTYPES, Source, describe, pick_device, pick_dtype, run_dtype
 from nuteprune.option_values import check_unchanged, flag
@@ -121,6 +121,7 @@ def resume(run: str | Path, reporter: Reporter | None = None) -> PruneResult:
     run = Path(run)
     if not (run / CONFIG).is_file() or not (run / BLOCKS).is_file():
         raise ConfigError(f"run {run} has no {CONFIG} or {BLOCKS}; give the folder that nuteprune prune --out wrote.")
+    sweep(run)  # a kill in the last moment leaves something that nothing else comes to remove
     if (run / RESULT).is_file() and (run / MODEL).is_dir():
         raise ConfigError(f"run {run} is complete; its model is in {run / MODEL}.")
     config = PruneConfig.of_run(run / CONFIG)
