@@ -80,8 +80,8 @@ def read(path: Path = LIST, only: str = "*") -> list[Experiment]:
                 found.append(Experiment(group, name, seed, options, content["evaluate"]))
     names = [(e.key, f"{e.group}/{e.name}") for e in found]
     places = chosen(names, only, f"experiment of {path}; write group/run or group/run-sSEED")
-    ordered = sorted(zip(places, found, strict=True), key=lambda pair: -1 if pair[0] is None else pair[0])
-    return [e for place, e in ordered if place is not None]
+    wanted = [(place, e) for place, e in zip(places, found, strict=True) if place is not None]
+    return [e for _, e in sorted(wanted, key=lambda pair: pair[0])]
 
 
 def chosen(names: list[tuple[str, str]], only: str, what: str) -> list[int | None]:

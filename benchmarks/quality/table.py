@@ -195,13 +195,14 @@ def draw(groups: dict[str, list[Row]], shown: dict[str, list[Row]], folder: Path
         wide = min(len(found), WIDE)
         high = -(-len(found) // wide)
         names = sorted({name for lines in found.values() for name in lines})  # a line looks alike in all panels
-        looks = {name: dict(zip(("color", "linestyle"), _look(i), strict=True)) for i, name in enumerate(names)}
+        looks = {name: _look(i) for i, name in enumerate(names)}
+        drawn = {}
         figure, axes = plt.subplots(high, wide, figsize=(4.6 * wide, 3.6 * high), layout="constrained", squeeze=False)
         for panel in axes.flat[len(found) :]:
             panel.remove()
         for panel, (title, lines) in zip(axes.flat, sorted(found.items(), reverse=True), strict=False):
             for name, points in sorted(lines.items()):
-                panel.plot(*zip(*sorted(points), strict=True), marker="o", label=name, **looks[name])
+                (drawn[name],) = panel.plot(*zip(*sorted(points), strict=True), marker="o", label=name, **looks[name])
             panel.set(xlabel=label)
             panel.set_title(title, fontsize=8)
             if axis == "tokens":
@@ -210,19 +211,16 @@ def draw(groups: dict[str, list[Row]], shown: dict[str, list[Row]], folder: Path
                 panel.set_xticks(places, [f"{place:,}" for place in places])
                 panel.minorticks_off()
             panel.grid(alpha=0.3)
-        shown_lines = {
-            label: line for panel in axes.flat for line, label in zip(*panel.get_legend_handles_labels(), strict=True)
-        }
-        figure.legend([shown_lines[n] for n in names], names, loc="outside lower center", ncols=wide, fontsize=8)
+        figure.legend([drawn[name] for name in names], names, loc="outside lower center", ncols=wide, fontsize=8)
         made.append(folder / f"quality-{axis}.png")
         figure.savefig(made[-1], dpi=120)
         plt.close(figure)
     return made
 
 
-def _look(place: int) -> tuple[str, str]:
+def _look(place: int) -> dict[str, Any]:
     """Colour and style of a line."""
-    return f"C{place % 10}", ("-", "--", ":")[place // 10 % 3]
+    return {"color": f"C{place % 10}", "linestyle": ("-", "--", ":")[place // 10 % 3]}
 
 
 if __name__ == "__main__":
