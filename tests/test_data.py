@@ -168,6 +168,20 @@ def test_batches_pass_over_all_blocks_before_any_comes_again(tmp_path: Path) -> 
     assert torch.equal(blocks.batch(5, 2, 3), blocks.batch(5, 2, 3))
 
 
+def test_a_sample_beside_another_has_none_of_its_blocks(tmp_path: Path) -> None:
+    source = tmp_path / "a.txt"
+    source.write_text("\n".join(text(20, i) for i in range(50)), encoding="utf-8")
+    blocks = _build(tmp_path / "b.safetensors", source)
+    whole = [tuple(row) for row in blocks.read(list(range(blocks.count))).tolist()]
+    for first, other in ((1, 5), (6, 4), (7, blocks.count), (blocks.count, 3)):
+        taken, apart = ([tuple(row) for row in blocks.sample(*args).tolist()] for args in ((first,), (other, "train", first)))
+        left = [row for row in whole if row not in taken] or whole  # all were taken: the others are any
+        assert len(taken) == first
+        assert len(apart) == min(other, len(left))
+        assert set(apart) <= set(left)
+        assert [whole.index(row) for row in apart] == sorted({whole.index(row) for row in apart})
+
+
 def test_too_little_text_is_refused(tmp_path: Path) -> None:
     source = tmp_path / "a.txt"
     source.write_text("the cat sat", encoding="utf-8")

@@ -370,6 +370,8 @@ def test_what_is_measured_before_training_reads_every_source(
     for name, sequences in read.items():
         shares = [sum(tuple(r) in half for r in sequences.tolist()) for half in halves]
         assert shares == [len(sequences) / 2] * 2, name
+    scored, weighed = ({tuple(r) for r in read[name].tolist()} for name in ("unit_scores", "measured_bias"))
+    assert not scored & weighed  # a balance is measured on other text than importance
     apart = blocks.read(list(range(blocks.held_out)), "held_out")
     halves = [{tuple(r) for r in half.tolist()} for half in apart.chunk(2)]
     compared = [tuple(r) for r in job.compared_text(blocks).tolist()]

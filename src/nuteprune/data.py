@@ -268,11 +268,18 @@ class Blocks:
             mapped = file.get_slice(part)
             return torch.cat([mapped[:0], *(mapped[i : i + 1] for i in indices)]).long()
 
-    def sample(self, most: int, part: str = "train") -> Tensor:
-        """At most so many blocks of a part, int64 [blocks, seq_len], evenly spaced: every source has its share of them."""
+    def sample(self, most: int, part: str = "train", beside: int = 0) -> Tensor:
+        """At most so many blocks of a part, int64 [blocks, seq_len], evenly spaced: every source has its share of them.
+
+        Args:
+            most: blocks wanted.
+            part: train or held_out.
+            beside: none of the blocks that a sample of this many has, unless there are no others.
+        """
         count = self.count if part == "train" else self.held_out
-        taken = min(most, count)
-        return self.read([i * count // taken for i in range(taken)], part)
+        apart = set(_spaced(list(range(count)), beside))
+        there = [i for i in range(count) if i not in apart] or list(range(count))
+        return self.read(_spaced(there, most), part)
 
     def batch(self, step: int, batch_size: int, seed: int) -> Tensor:
         """The batch of a step, int64 [batch_size, seq_len]; a function of its arguments alone.
@@ -281,6 +288,12 @@ class Blocks:
         """
         wanted = range(step * batch_size, (step + 1) * batch_size)
         return self.read([_order(self.count, seed, i // self.count)[i % self.count] for i in wanted])
+
+
+def _spaced(numbers: list[int], most: int) -> list[int]:
+    """At most so many of some numbers, evenly spaced."""
+    taken = min(most, len(numbers))
+    return [numbers[i * len(numbers) // taken] for i in range(taken)]
 
 
 @functools.lru_cache(maxsize=4)
