@@ -234,6 +234,25 @@ def test_the_balance_is_measured_where_there_is_one(changes: dict[str, Any], mea
     assert config.replace(gate_init_batches=1).balance_sequences == (config.batch_size if measured else 0)
 
 
+@pytest.mark.parametrize(
+    ("changes", "scored", "weighed"),
+    [
+        ({"steps": 1000}, 128, 64),
+        ({"steps": 1000, "batch_size": 32}, 128, 64),  # sequences tell units apart, however many go in a step
+        ({"steps": 1000, "batch_size": 5}, 130, 64),
+        ({"steps": 1000, "gate_init_batches": 3}, 6, 6),
+        ({"steps": 20}, 20, 20),  # half the steps
+        ({"steps": 20, "method": "taylor"}, 128, 64),
+        ({"steps": 0, "method": "taylor"}, 128, 64),
+        ({"steps": 1000, "gate_init": "open"}, 0, 0),
+    ],
+)
+def test_how_much_text_is_read_before_training(changes: dict[str, Any], scored: int, weighed: int) -> None:
+    config = PruneConfig.create(**changes)
+    assert (config.calibration, config.balance_sequences) == (scored, weighed)
+    assert config.blocks >= scored + weighed  # of which none is read for both
+
+
 def test_a_measured_balance_is_that_of_the_run(small_run: PruneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same run with the bias given that another measured."""
     found: list[float] = []

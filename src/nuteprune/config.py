@@ -196,9 +196,10 @@ class PruneConfig:
         "Gates",
         (*CRITERIA, "open"),
     )
-    gate_init_batches: int = option(
-        64,
-        "Batches of training text that the importance is measured on; with learned gates at most half the steps.",
+    gate_init_batches: int | None = option(
+        None,
+        "Batches of training text that the importance is measured on, with learned gates at most half the steps. If not given, "
+        "enough for 128 sequences.",
         STARTED,
         "Gates",
     )
@@ -384,7 +385,12 @@ class PruneConfig:
         """Sequences of training text that the importance is measured on."""
         if self.gate_init in ("open", "magnitude"):  # magnitude reads weights only
             return 0
-        return self._before_training(self.gate_init_batches)
+        return self._before_training(self.importance_batches)
+
+    @property
+    def importance_batches(self) -> int:
+        """Batches that the importance is measured on in a run that is long enough."""
+        return self.gate_init_batches or math.ceil(IMPORTANCE_SEQUENCES / self.batch_size)
 
     @property
     def blocks(self) -> int:
@@ -397,7 +403,7 @@ class PruneConfig:
         """Sequences of training text that the balance of heads and channels is measured on; 0 if it is not."""
         if self.head_bias is not None or not self.balanced:
             return 0
-        return min(BALANCE_SEQUENCES, self._before_training(self.gate_init_batches))
+        return min(BALANCE_SEQUENCES, self._before_training(self.importance_batches))
 
     @property
     def balanced(self) -> bool:
@@ -510,6 +516,7 @@ class PruneConfig:
 
 
 DEFAULT_TOKENS = 150_000
-BALANCE_SEQUENCES = 64  # at most; of 16 the bias found was off by up to 0.75 (docs/experiments.md)
+IMPORTANCE_SEQUENCES = 128  # of 32 it is worse, of 384 no better (docs/experiments.md, where gates start)
+BALANCE_SEQUENCES = 64  # at most; 16 misjudge the bias
 
 _HINTS: dict[str, Any] = typing.get_type_hints(PruneConfig)

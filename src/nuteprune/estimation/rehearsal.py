@@ -109,7 +109,7 @@ class Rehearsal:
 
 def miniature(config: PruneConfig, out: str) -> PruneConfig:
     """The options of the rehearsal of a run."""
-    batches = min(BATCHES, config.gate_init_batches)
+    batches = min(BATCHES, config.importance_batches)
     repair_batches = min(REPAIR_BATCHES, config.repair_batches) if config.repair else config.repair_batches
     steps = rehearsal_steps(config)
     middle = max(1, (steps + 1) // 2)  # one checkpoint is written on the way, to be timed
