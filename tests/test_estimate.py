@@ -90,7 +90,7 @@ def test_run_time_multiplies_out(small_run: PruneConfig) -> None:
     trained = 10.0 + sum(seconds for _, seconds in steps)
     stages = [
         Stage(IMPORTANCE, 5.0, 7.5, [6.0, 7.0]),
-        Stage(BALANCE, 7.5, 9.0, [7.75 + 0.1 * tick for tick in range(TRIES * 2)]),
+        Stage(BALANCE, 7.5, 9.0, [7.75 + 0.1 * tick for tick in range(TRIES)]),
         Stage(FIRST_CHECKPOINT, 9.0, 10.0),
         Stage("perplexity of the dense model", trained, trained + 2, [trained + 0.5, trained + 1, trained + 1.5, trained + 2]),
     ]
@@ -98,11 +98,11 @@ def test_run_time_multiplies_out(small_run: PruneConfig) -> None:
     assert when.steps == {ramp: (50, 1.0), hold: (15, 2.0), recovery: (35, 3.0)}
     assert when.training == 185
     assert when.start == 8
-    # 14 more sequences at a second each, and as many in each try of a balance at a tenth of one
-    assert when.importance == pytest.approx(5 + 14 * 1.0 + 14 * TRIES * 0.1)
+    # 14 more sequences at a second each, and half as many in each try of a balance at a tenth of one
+    assert when.importance == pytest.approx(5 + 14 * 1.0 + 7 * TRIES * 0.1)
     assert when.end == pytest.approx(4.0 + (13 - 4) * 0.5)  # a tenth of the blocks is held out
     assert when.between == pytest.approx(5.0 + 2 * 0.25)  # what the first step took longer; 3 checkpoints, one was rehearsed
-    assert when.total == pytest.approx(8 + 19 + 8.4 + 185 + 5.5 + 8.5)
+    assert when.total == pytest.approx(8 + 19 + 4.2 + 185 + 5.5 + 8.5)
 
 
 def test_the_comparison_of_repairs_grows_with_the_run(small_run: PruneConfig) -> None:

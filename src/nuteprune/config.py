@@ -198,8 +198,8 @@ class PruneConfig:
     )
     gate_init_batches: int | None = option(
         None,
-        "Batches of training text that the importance is measured on, with learned gates at most half the steps. If not given, "
-        "enough for 128 sequences.",
+        "Batches of training text that the importance is measured on, with learned gates at most a quarter of the steps. If "
+        "not given, enough for 128 sequences.",
         STARTED,
         "Gates",
     )
@@ -403,7 +403,7 @@ class PruneConfig:
         """Sequences of training text that the balance of heads and channels is measured on; 0 if it is not."""
         if self.head_bias is not None or not self.balanced:
             return 0
-        return min(BALANCE_SEQUENCES, self._before_training(self.importance_batches))
+        return min(BALANCE_SEQUENCES, math.ceil(self._before_training(self.importance_batches) / 2))  # each is read six times
 
     @property
     def balanced(self) -> bool:
@@ -420,8 +420,8 @@ class PruneConfig:
         return min(self.repair_batches, max(1, most)) * self.batch_size
 
     def _before_training(self, batches: int) -> int:
-        """Sequences in some batches; of at most half the steps, but for one-shot methods, which may not train."""
-        return (batches if self.one_shot else min(batches, max(1, self.total_steps // 2))) * self.batch_size
+        """Sequences in some batches; of at most a quarter of the steps, but for one-shot methods, which may not train."""
+        return (batches if self.one_shot else min(batches, max(1, self.total_steps // 4))) * self.batch_size
 
     @property
     def total_steps(self) -> int:
@@ -517,6 +517,6 @@ class PruneConfig:
 
 DEFAULT_TOKENS = 150_000
 IMPORTANCE_SEQUENCES = 128  # of 32 it is worse, of 384 no better (docs/experiments.md, where gates start)
-BALANCE_SEQUENCES = 64  # at most; 16 misjudge the bias
+BALANCE_SEQUENCES = 64  # at most, and half as many as importance is measured on; 16 misjudge the bias
 
 _HINTS: dict[str, Any] = typing.get_type_hints(PruneConfig)
