@@ -385,7 +385,7 @@ class PruneConfig:
         """Sequences of training text that the importance is measured on."""
         if self.gate_init in ("open", "magnitude"):  # magnitude reads weights only
             return 0
-        return self._before_training(self.importance_batches)
+        return self._importance_sequences
 
     @property
     def importance_batches(self) -> int:
@@ -403,7 +403,7 @@ class PruneConfig:
         """Sequences of training text that the balance of heads and channels is measured on; 0 if it is not."""
         if self.head_bias is not None or not self.balanced:
             return 0
-        return min(BALANCE_SEQUENCES, math.ceil(self._before_training(self.importance_batches) / 2))  # each is read six times
+        return min(BALANCE_SEQUENCES, math.ceil(self._importance_sequences / 2))  # each is read six times
 
     @property
     def balanced(self) -> bool:
@@ -416,12 +416,17 @@ class PruneConfig:
         """Sequences of training text that the repair is solved on; 0 without it."""
         if not self.repair:
             return 0
-        most = self.total_steps // 4 if self.total_steps else self.repair_batches  # else it takes longer than it saves
-        return min(self.repair_batches, max(1, most)) * self.batch_size
+        return self._at_most_a_quarter(self.repair_batches) * self.batch_size  # else it takes longer than it saves
 
-    def _before_training(self, batches: int) -> int:
-        """Sequences in some batches; of at most a quarter of the steps, but for one-shot methods, which may not train."""
-        return (batches if self.one_shot else min(batches, max(1, self.total_steps // 4))) * self.batch_size
+    @property
+    def _importance_sequences(self) -> int:
+        """Sequences that an importance of text is measured on; one-shot methods, which may not train, read all they ask for."""
+        batches = self.importance_batches
+        return (batches if self.one_shot else self._at_most_a_quarter(batches)) * self.batch_size
+
+    def _at_most_a_quarter(self, batches: int) -> int:
+        """Of some batches no more than a quarter of the steps, but one; all of them where nothing is trained."""
+        return min(batches, max(1, self.total_steps // 4)) if self.total_steps else batches
 
     @property
     def total_steps(self) -> int:

@@ -14,7 +14,7 @@ import gzip
 import json
 import random
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -277,9 +277,9 @@ class Blocks:
             beside: none of the blocks that a sample of this many has, unless there are no others.
         """
         count = self.count if part == "train" else self.held_out
-        apart = set(_spaced(list(range(count)), beside))
-        there = [i for i in range(count) if i not in apart] or list(range(count))
-        return self.read(_spaced(there, most), part)
+        apart = set(_spaced(range(count), beside))
+        there = [i for i in range(count) if i not in apart]
+        return self.read(_spaced(there or range(count), most), part)
 
     def batch(self, step: int, batch_size: int, seed: int) -> Tensor:
         """The batch of a step, int64 [batch_size, seq_len]; a function of its arguments alone.
@@ -290,7 +290,7 @@ class Blocks:
         return self.read([_order(self.count, seed, i // self.count)[i % self.count] for i in wanted])
 
 
-def _spaced(numbers: list[int], most: int) -> list[int]:
+def _spaced(numbers: Sequence[int], most: int) -> list[int]:
     """At most so many of some numbers, evenly spaced."""
     taken = min(most, len(numbers))
     return [numbers[i * len(numbers) // taken] for i in range(taken)]

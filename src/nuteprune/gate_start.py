@@ -35,9 +35,9 @@ def start_gates(trainer: Trainer) -> None:
 
 def head_bias(trainer: Trainer, scores: Unit, sparsity: float) -> float:
     """How much heads and whole blocks are favoured in a cut to a sparsity: as asked, or measured."""
-    if trainer.config.head_bias is not None:
-        return trainer.config.head_bias
     config = trainer.config
+    if config.head_bias is not None:
+        return config.head_bias
     text = trainer.blocks.sample(config.balance_sequences, beside=config.calibration)  # importance is too sure of its own
     with trainer.counter(BALANCE) as progress:
         return measured_bias(trainer.masked, scores, lambda tried: trainer.hard_masks(tried, sparsity), text, progress)
