@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import importlib
 import json
+import math
 import os
 import signal
 import sys
@@ -249,6 +250,7 @@ def test_two_runs_are_compared_row_by_row(
             "experiment": name,
             "seed": seed,
             "options": options,
+            "figures": {},
             "perplexity": text,
             "tasks": scores,
             "evaluate": evaluate,
@@ -288,6 +290,42 @@ def test_two_runs_are_compared_row_by_row(
         said("g/later", "g/one")
     with pytest.raises(SystemExit, match="stands for 2 runs; name one"):
         said("g/o*", "g/two")
+
+
+def test_two_runs_are_compared_text_by_text(
+    modules: dict[str, ModuleType], tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    choice = modules["paired"].CHOICE
+
+    def result(name: str, seed: int, held_out: float, blocks: str, *texts: float, protocol: str = "64 windows") -> None:
+        values = dict(zip((*choice, "ptb"), texts, strict=True))
+        found = {
+            "experiment": name, "seed": seed, "options": {"sparsity": 0.2}, "tasks": {}, "evaluate": {},
+            "figures": {"perplexity_after": {"nats": math.log(held_out), "sha256": blocks}},
+            "perplexity": {text: {"perplexity": v, "protocol": protocol, "windows": 64} for text, v in values.items()},
+        }  # fmt: skip
+        path = tmp_path / "results" / name / "result.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(found))
+
+    result("g/one-s0", 0, 20.0, "a", 10.0, 20.0, 40.0, 50.0)
+    result("g/two-s0", 0, 19.0, "a", 5.0, 20.0, 40.0, 60.0)  # a half of one of three texts
+    result("g/one-s1", 1, 20.0, "b", 10.0, 20.0, 40.0, 50.0)
+    result("g/two-s1", 1, 10.0, "c", 10.0, 20.0, 40.0, 25.0)  # other blocks
+    result("g/short-s0", 0, 20.0, "a", 10.0, 20.0, 40.0, 50.0, protocol="2 windows")
+
+    monkeypatch.setattr(sys, "argv", ["paired.py", "g/one", "g/two"])
+    modules["paired"].main()
+    lines = capsys.readouterr().out.splitlines()
+    found = {cells[1]: cells[2:-1] for line in lines if len(cells := [c.strip() for c in line.split("|")]) > 2}
+    assert found["held out"] == ["+5.00 %", "+5.00 %"]
+    both, first = (100 * (1 - 0.5**share) for share in (1 / 6, 1 / 3))
+    assert found["texts of choice"] == [f"{both:+.2f} %", f"{first:+.2f} %, +0.00 %"]
+    assert found["ptb"] == [f"{100 * (1 - 0.6**0.5):+.2f} %", "-20.00 %, +50.00 %"]
+    assert not found.keys() & {*choice, "task"}
+    monkeypatch.setattr(sys, "argv", ["paired.py", "g/short", "g/two"])
+    with pytest.raises(SystemExit, match=r"short and two measured texts of choice in different ways"):
+        modules["paired"].main()
 
 
 def test_a_list_with_mistakes_is_refused(modules: dict[str, ModuleType], tmp_path: Path, model_folder: Path) -> None:

@@ -1,9 +1,12 @@
-"""Which of two runs knows more of the tasks' rows, seed by seed and row by row.
+"""How far one run is ahead of another, seed by seed: text by text, and in the tasks row by row.
 
     python benchmarks/quality/paired.py whole-600k/taylor-repair-20 whole-600k/default-20
 
+Prints for each text by how many per cent the second run's perplexity is lower than the first's: over the seeds that both have
+(geometric mean), and each seed alone.
+
 Two models answer much alike, so the error of their difference on the same rows is about half of what their two scores suggest.
-Prints for each task the second run less the first, in points: the mean over the seeds that both have, its standard error over
+Prints for each task the second run less the first, in points: the mean over those seeds, its standard error over
 rows (a row's difference is first averaged over seeds), and each seed alone; then means over the tasks on which the dense model
 is clearly above chance, and over all.
 """
@@ -13,21 +16,27 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
 from table import Row, choose, dense_of, read, telling
 
+CHOICE = ("wiki.valid.raw", "openwebtext.jsonl.gz", "c4_realnewslike.jsonl.gz")  # texts by which the recipe was chosen
+HELD_OUT = "held out"
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("first", help="group/run, such as a baseline or the dense model")
-    parser.add_argument("other", help="group/run; positive differences are rows that this one knows more")
+    parser.add_argument("other", help="group/run; positive differences mean that this one is ahead")
     args = parser.parse_args()
     groups = read()
     first, other = (one(choose(groups, name), name) for name in (args.first, args.other))
-    dense = dense_of(groups, [other])
-    print(f"### {args.other} less {args.first}\n\n{table(first, other, telling(dense))}")
+    dense = dense_of(groups, [other, *groups[other.results[0]["experiment"].partition("/")[0]]])
+    print(f"### {args.other} against {args.first}\n\n{texts(first, other)}\n")
+    if first.results[0]["tasks"] and other.results[0]["tasks"]:
+        print(table(first, other, telling(dense)))
 
 
 def one(shown: dict[str, list[Row]], name: str) -> Row:
@@ -40,6 +49,38 @@ def one(shown: dict[str, list[Row]], name: str) -> Row:
     if len(rows) != 1:
         raise SystemExit(f"{name} stands for {len(rows)} runs; name one, as group/run")
     return rows[0]
+
+
+def texts(first: Row, other: Row) -> str:
+    """How much lower the other's perplexities are, as Markdown; the texts that chose the recipe count as one (geometric mean).
+
+    Raises:
+        SystemExit: they have no seed in common, or measured a text in different ways.
+    """
+    ahead: dict[str, list[float]] = defaultdict(list)
+    for pair in paired(first, other):
+        before, after = (_nats(result) for result in pair)
+        for text in [text for text in after if text in before]:
+            if before[text][0] == after[text][0]:
+                ahead[text].append(before[text][1] - after[text][1])
+            elif text != HELD_OUT:  # which is of each run's own blocks
+                raise SystemExit(f"{first.name} and {other.name} measured {text} in different ways")
+    lines = ["| text | lower by | each seed |", "|---|---|---|"]
+    for text, seeds in ahead.items():
+        mean, *each = (f"{-100 * math.expm1(-nats):+.2f} %" for nats in (statistics.fmean(seeds), *seeds))
+        lines.append(f"| {text} | {mean} | {', '.join(each)} |")
+    return "\n".join(lines)
+
+
+def _nats(result: dict[str, Any]) -> dict[str, tuple[str, float]]:
+    """Protocol and nats a token of each text of a result, those of choice together."""
+    own = result["figures"]["perplexity_after"] if result["figures"] else None
+    found = {HELD_OUT: (own["sha256"], own["nats"])} if own else {}
+    measured = {text: (entry["protocol"], math.log(entry["perplexity"])) for text, entry in result["perplexity"].items()}
+    if measured.keys() >= {*CHOICE}:
+        chose = [measured.pop(text) for text in CHOICE]
+        found["texts of choice"] = "; ".join(how for how, _ in chose), statistics.fmean(nats for _, nats in chose)
+    return found | measured
 
 
 def table(first: Row, other: Row, clear: Sequence[str]) -> str:

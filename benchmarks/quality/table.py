@@ -21,7 +21,7 @@ from experiments import RESULTS, chosen
 from nuteprune.evaluation.known_tasks import KNOWN
 
 WIDE = 3  # panels beside each other
-ABOVE = 2.0  # standard errors above chance at which the dense model must stand for a task to say something
+ABOVE = 3.0  # standard errors above chance at which the dense model must stand for a task to say something
 
 
 @dataclass(frozen=True)
