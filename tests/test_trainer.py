@@ -29,7 +29,7 @@ from nuteprune.masks import Masks
 from nuteprune.option_values import read_yaml
 from nuteprune.progress import Reporter, read_metrics
 from nuteprune.report.facts import Figures
-from nuteprune.teachers import TeacherPolicy, read_snapshot
+from nuteprune.teachers import TeacherBank, TeacherPolicy, read_snapshot
 
 
 class Quiet(Reporter):
@@ -423,6 +423,21 @@ def test_paper_recipe_reaches_its_target(small_run: PruneConfig) -> None:
     assert last[-1] == pytest.approx(0.2, abs=0.02)
     assert {m["teacher"] for m in metrics} > {"intact", "record-001"}
     assert metrics[-1]["teacher"] == "intact"
+
+
+def test_masks_of_hard_gates_are_whole_also_where_multiples_keep_more(small_run: PruneConfig) -> None:
+    """Rounding keeps channels whose gates are closed; they count in full, so they work in full. Soft gates keep values."""
+    found = {}
+    for name, width in (("hard", None), ("soft", (0.5, 0.4))):
+        config = small_run.replace(gate_width=width, round_intermediate=8, walk_back=False, prune=("heads", "intermediate"))
+        result = prune(config.replace(out=f"{config.out}-{name}"), Quiet())
+        bank = TeacherBank(result.run / "teachers")
+        every = [bank.masks(record) for record in range(1, 21)]
+        final = load_file(result.run / "masks.safetensors")
+        tensors = [*final.values(), *(tensor for masks in every for tensor in masks.tensors().values())]
+        found[name] = {float(v) for tensor in tensors for v in tensor.unique()}
+    assert found["hard"] == {0.0, 1.0}
+    assert len(found["soft"]) > 10
 
 
 def test_masks_forced_far_from_the_gates_are_announced(small_run: PruneConfig) -> None:

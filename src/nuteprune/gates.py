@@ -31,10 +31,12 @@ class Gate(Protocol):
     Attributes:
         open: log_alpha of a gate that is open.
         limits: the range that log_alpha is clamped to.
+        hard: whether masks are ones and zeros all along, so that a kept unit is a whole one.
     """
 
     open: float
     limits: tuple[float, float]
+    hard: bool
 
     def sample(self, log_alpha: Tensor, generator: torch.Generator) -> Tensor:
         """Mask values for a training step, in [0, 1], differentiable."""
@@ -54,6 +56,7 @@ class HardConcrete:
 
     open = OPEN
     limits = LOG_ALPHA_RANGE
+    hard = False
 
     def sample(self, log_alpha: Tensor, generator: torch.Generator) -> Tensor:
         """One draw of z; the noise comes from the CPU generator, so that every device draws the same."""
@@ -90,6 +93,7 @@ class Deterministic:
     def __init__(self, start: float, end: float) -> None:
         self._start, self._end = start, end
         self.open = start
+        self.hard = start <= HARD[0]
         self.mu = start
 
     def sample(self, log_alpha: Tensor, generator: torch.Generator) -> Tensor:

@@ -425,6 +425,8 @@ class Trainer:
         if self.config.one_shot:  # the gates were never soft
             return self.hard_masks(self.gates.scores(), sparsity), sparsity
         scores, expected = self.gate_scores(sparsity)
+        if self.gates.gate.hard:  # what multiples keep beyond the open gates is whole as well
+            return self.hard_masks(scores, sparsity), float(expected)
         return self.discretiser.masks(scores, self.gates.values(scores), sparsity), float(expected)
 
     def hard_masks(self, scores: Unit, sparsity: float) -> Masks:
