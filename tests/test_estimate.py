@@ -16,10 +16,11 @@ from conftest import KINDS, tiny_config, tiny_model
 from others import count, die, fill, no_memory, no_room, refuse, tell_and_wait, wrong
 from test_cli import call  # noqa: F401
 
-from nuteprune.arch import Arch
+from nuteprune.arch import Arch, Axis
 from nuteprune.balance import TRIES
 from nuteprune.config import PruneConfig
 from nuteprune.errors import ConfigError, MeasurementError
+from nuteprune.estimation import estimate as estimating
 from nuteprune.estimation.costs import step_cost
 from nuteprune.estimation.estimate import estimate
 from nuteprune.estimation.gpus import GPUS, find_gpus, on_gpu
@@ -30,10 +31,13 @@ from nuteprune.job import prune
 from nuteprune.masking import MaskedModel
 from nuteprune.masks import Masks
 from nuteprune.measuring import FreshProcess, in_fresh_process
+from nuteprune.models import Source, describe
 from nuteprune.options import COST_OPTIONS
 from nuteprune.progress import Reporter, read_metrics
 from nuteprune.recipes import SHAPE_DECIDES
 from nuteprune.recovery_start import SHARE, compared
+from nuteprune.repair import STAGE as REPAIR
+from nuteprune.repair import held_bytes
 from nuteprune.roles import LoraOptions
 from nuteprune.trainer import FIRST_CHECKPOINT
 
@@ -116,6 +120,11 @@ def test_the_comparison_of_repairs_grows_with_the_run(small_run: PruneConfig) ->
         return run_time(config, Rehearsal(99.0, known, steps, 0.25, 90.0, None, None), 0.0).end
 
     assert end(Stage(SHARE, 30.0, 32.0)) - end() == pytest.approx(2.0 * 5)  # six times as many batches, a sixth was timed
+    assert (config.repair_sequences, mini.repair_sequences) == (25, 4)
+    assert end(Stage(REPAIR, 30.0, 32.0)) - end() == pytest.approx(2.0 * 21 / 4)
+    known = [Stage(FIRST_CHECKPOINT, 9.0, 10.0), Stage(REPAIR, 30.0, 32.0)]
+    solved = Rehearsal(99.0, known, steps, 0.25, 90.0, None, None, solving=1.5)  # once, whatever the text
+    assert run_time(config, solved, 0.0).end - end() == pytest.approx(0.5 * 21 / 4)
 
 
 # -- the fresh process -------------------------------------------------------------------------------------------------
@@ -168,6 +177,26 @@ def test_ctrl_c_ends_the_child() -> None:
         in_fresh_process(tell_and_wait, progress=stop)
     with pytest.raises(ProcessLookupError):
         os.kill(child[0], 0)
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_the_repair_s_memory_is_in_the_estimate(
+    small_run: PruneConfig, quiet: Reporter, monkeypatch: pytest.MonkeyPatch, on_gpu: bool
+) -> None:
+    """A rehearsal repairs on a batch or two; what the run's own text takes is added to what there was when the repair began."""
+    config = small_run.replace(repair=True, prune=("heads", "intermediate"), steps=2000, dtype="float32")
+    steps = [(point, 1.0) for point in timetable(miniature(config, config.out))]
+    held = held_bytes(describe(Source.find(config.model))[1].dims, config.repair_sequences, config.seq_len, 4)
+    assert config.repair_sequences == 128
+    for before, most in ((10_000, 10_000 + held), (0, held + 1)):  # the repair is the worst point, or a step is
+        device = (held + 1, held + 2, 0.0, before, before) if on_gpu else (None, None, 0.0, before, None)
+        rehearsed = Rehearsal(99.0, [Stage(FIRST_CHECKPOINT, 9.0, 10.0)], steps, 0.25, 90.0, *device)
+        monkeypatch.setattr(estimating, "in_fresh_process", lambda *a, r=rehearsed, **k: (r, held + 1))
+        found = estimating.measure_run(config, "cpu", quiet)
+        assert found.peak == (held + 1 if on_gpu else most)
+        assert found.device_allocated == (most if on_gpu else None)
+        assert found.device_reserved == (most + 1 if on_gpu else None)
+    assert estimating.repair_holds(config.replace(repair=False)) == 0
 
 
 # -- the measured part -------------------------------------------------------------------------------------------------
@@ -289,10 +318,13 @@ def test_the_end_of_a_run_counts(small_run: PruneConfig) -> None:
     """The pruned model in the precision of its file is loaded for the last evaluation; it may be the largest thing of all."""
     dense = tiny_config(num_hidden_layers=2, hidden_size=512, intermediate_size=4096, head_dim=128)
     arch = Arch.from_config(dense)
-    config = small_run.replace(batch_size=1, seq_len=8, sparsity=0.1, lora_rank=1)
+    config = small_run.replace(batch_size=1, seq_len=8, sparsity=0.1, lora_rank=1, repair=False)
     half, whole = (step_cost(config.replace(save_dtype=name), dense, arch, torch.bfloat16) for name in ("bfloat16", "float32"))
     assert whole.final - half.final >= 2 * int(0.9 * arch.total)
     assert whole.peak == whole.final > half.peak
+    repaired = step_cost(config.replace(repair=True), dense, arch, torch.bfloat16)  # sums of a projection in float64 are more
+    assert repaired.peak == repaired.standing + repaired.repair > whole.peak
+    assert repaired.standing - half.standing == repaired.repaired == 2 * 2 * 512 * (arch.dims.size(Axis.QUERY) + 4096)
 
 
 @pytest.mark.parametrize(

@@ -259,8 +259,12 @@ class PruneConfig:
         REPAIRED,
         "Repair",
     )
-    repair_batches: int = option(
-        64, "Batches of training text that the repair is solved on; at most a quarter of the steps.", REPAIRED, "Repair"
+    repair_batches: int | None = option(
+        None,
+        "Batches of training text that the repair is solved on, at most a quarter of the steps. If not given, as many as hold "
+        "128 sequences.",
+        REPAIRED,
+        "Repair",
     )
     repair_damping: float = option(
         0.3, "Weight of staying near the weights there are, in mean squares of the inputs.", REPAIRED, "Repair"
@@ -416,7 +420,8 @@ class PruneConfig:
         """Sequences of training text that the repair is solved on; 0 without it."""
         if not self.repair:
             return 0
-        return self._at_most_a_quarter(self.repair_batches) * self.batch_size  # else it takes longer than it saves
+        batches = self.repair_batches or math.ceil(REPAIR_SEQUENCES / self.batch_size)
+        return self._at_most_a_quarter(batches) * self.batch_size  # else it takes longer than it saves
 
     @property
     def _importance_sequences(self) -> int:
@@ -522,6 +527,7 @@ class PruneConfig:
 
 DEFAULT_TOKENS = 150_000
 IMPORTANCE_SEQUENCES = 128  # of 32 it is worse, of 384 no better (docs/experiments.md, where gates start)
+REPAIR_SEQUENCES = 128  # held in memory all at once (repair.py), so as many whatever the batch
 BALANCE_SEQUENCES = 64  # at most, and half as many as importance is measured on; 16 misjudge the bias
 
 _HINTS: dict[str, Any] = typing.get_type_hints(PruneConfig)

@@ -40,6 +40,7 @@ from nuteprune.plan import make_discretiser, settled
 from nuteprune.processes import Processes
 from nuteprune.progress import MetricsFile, Reporter
 from nuteprune.quantised import BITS, check_available, quantise
+from nuteprune.repair import STAGE
 from nuteprune.report.card import model_card
 from nuteprune.report.facts import CONFIG, ENVIRONMENT, MASKS, METRICS, MODEL, RESULT, Figures, RunFacts, origin, read_object
 from nuteprune.roles import LoraOptions
@@ -230,8 +231,9 @@ def _memory_errors(config: PruneConfig) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise TrainingError(
-            f"the device's memory is full; lower --batch-size (now {config.batch_size}) or --seq-len (now {config.seq_len}), "
-            "or give --gradient-checkpointing. A run that has checkpoints goes on with nuteprune resume."
+            "the device's memory is full; give --gradient-checkpointing (in config.yaml of a run that has checkpoints, which "
+            f"then goes on with nuteprune resume), or start anew with a lower --batch-size (now {config.batch_size}) or "
+            f"--seq-len (now {config.seq_len}), or, if it was full in the {STAGE}, with fewer --repair-batches."
         ) from error
 
 

@@ -173,12 +173,24 @@ def forget_peak_memory() -> bool:
     return True
 
 
+def memory_now() -> int | None:
+    """Resident memory of this process now, bytes; None where the system does not say."""
+    return _status("VmRSS")
+
+
+def _status(field: str) -> int | None:
+    """A field of what Linux says of this process's memory, bytes."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return None
+    fields = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
+    return int(fields[field].split()[0]) * 1024
+
+
 def peak_memory() -> int:
     """Peak resident memory of this process so far, bytes."""
-    status = Path("/proc/self/status")
-    if status.exists():  # not getrusage: there a process starts with the peak of the one that made it
-        fields = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
-        return int(fields["VmHWM"].split()[0]) * 1024
+    if (most := _status("VmHWM")) is not None:  # not getrusage: there a process starts with the peak of the one that made it
+        return most
     import resource
 
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -40,11 +40,11 @@ def _check_ranges(options: PruneConfig) -> None:
     need("track", len(set(options.track)) == len(options.track), "each tracker once")
     for name in (
         "batch_size", "lora_rank", "round_heads", "round_intermediate", "round_hidden", "checkpoint_every",
-        "keep_checkpoints", "repair_batches", "passes",
+        "keep_checkpoints", "passes",
     ):  # fmt: skip
         need(name, getattr(options, name) >= 1, "a whole number of at least 1")
-    batches = options.gate_init_batches
-    need("gate_init_batches", batches is None or batches >= 1, "a whole number of at least 1")
+    for name in ("gate_init_batches", "repair_batches"):
+        need(name, getattr(options, name) is None or getattr(options, name) >= 1, "a whole number of at least 1")
     need("seq_len", options.seq_len >= 2, "a whole number of at least 2")
     need("seed", 0 <= options.seed < 2**63, "a whole number from 0")
     for name in ("teacher_lag", "max_skipped"):

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nuteprune.arch import BLOCKS, submodule
+from nuteprune.arch import BLOCKS, Axis, Dims, submodule
 from nuteprune.errors import TrainingError
 from nuteprune.masking import MaskedModel
 from nuteprune.masks import Masks
@@ -59,13 +59,15 @@ def repair(
         dense = _Side(masked, None, sequences)
         student = _Side(masked, masks, sequences)
         for layer in range(arch.dims.layers):
+            seen: list[_Seen] = []  # what the layer before left is gone before as much is made
             targets = dense.through(layer)
             masked.install(student.role)
             for block in BLOCKS:
                 if not bool((masks.attention if block == "attention" else masks.mlp)[layer]):
                     continue  # gone
+                seen.clear()
                 seen = [student.run(layer, index, until=block)[block] for index in range(len(student.streams))]
-                weight = _solved(student, layer, block, seen, targets[block], damping)
+                weight = _solved(student, layer, block, seen, targets.pop(block), damping)
                 if weight is not None:
                     name = f"{arch.spec.layers}.{layer}.{arch.spec.projection(block)}.weight"
                     made[name] = weight.cpu()
@@ -78,6 +80,29 @@ def repair(
                 progress(layer + 1, arch.dims.layers)
     masked.set_masks(masks)
     return made
+
+
+def held_bytes(dims: Dims, sequences: int, tokens: int, itemsize: int) -> int:
+    """Bytes that a repair holds at most beside the model: what it keeps of all its text, and a projection's sums in float64.
+
+    Args:
+        dims: sizes of the model.
+        sequences: sequences of text.
+        tokens: tokens of each.
+        itemsize: bytes of a value in the model's precision.
+    """
+    most = 0
+    for width in (dims.size(Axis.QUERY), dims.intermediate):  # of a projection's input
+        kept = 5 * dims.hidden + width  # the streams of both models; targets, and what the projection reads and wrote
+        rows = min(sequences, TOGETHER) * tokens * (2 * width + 3 * dims.hidden)  # of those that are added up, in float32
+        sums = 3 * width * width + 3 * width * dims.hidden  # products, damped, factor; cross products, solution, weight
+        most = max(most, sequences * tokens * kept * itemsize + 4 * rows + 8 * sums)
+    return most
+
+
+def weight_bytes(dims: Dims, itemsize: int) -> int:
+    """Bytes of the repaired projections of a model, which stay beside its own."""
+    return dims.layers * dims.hidden * (dims.size(Axis.QUERY) + dims.intermediate) * itemsize
 
 
 @dataclass
@@ -280,12 +305,13 @@ def _factor(square: Tensor, damping: float) -> Tensor:
     """
     mean = square.diagonal().mean().clamp_min(1e-12)
     for _ in range(TRIES):
-        damped = square + torch.eye(len(square), dtype=square.dtype, device=square.device) * (damping * mean)
+        damped = square.clone()
+        damped.diagonal().add_(damping * mean)
         factor, failed = torch.linalg.cholesky_ex(damped)
         if not bool(failed):
             return factor
         damping *= 10.0
     raise TrainingError(
         "the repair of output projections read values that are not finite; try --dtype float32 or a lower --lr in a new "
-        "run, or leave --repair out."
+        "run, or give --no-repair."
     )

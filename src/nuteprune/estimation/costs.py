@@ -29,6 +29,7 @@ from nuteprune.losses import chunks
 from nuteprune.masking import MaskedModel
 from nuteprune.masks import Masks
 from nuteprune.quantised import BITS, bytes_in
+from nuteprune.repair import held_bytes, weight_bytes
 from nuteprune.roles import LoraOptions
 from nuteprune.size import BlockSize
 
@@ -77,6 +78,8 @@ class StepCost:
         kept: bytes of activations that the student's forward pass keeps for the backward pass.
         forward_peak, backward_peak: bytes that these passes hold at most, kept activations and gradients included.
         head: bytes of a chunk of logits and of the gradient of the states.
+        repair: bytes that the repair of the output projections holds at most.
+        repaired: bytes of the repaired projections, beside the model's own.
         evaluation: bytes of the logits of one held-out block.
         final: bytes at the end of the run, when the pruned model in the precision of its file has taken the base's place.
         teacher, student, backward, heads: the work of each part.
@@ -91,6 +94,8 @@ class StepCost:
     forward_peak: int
     backward_peak: int
     head: int
+    repair: int
+    repaired: int
     evaluation: int
     final: int
     teacher: Work
@@ -100,18 +105,19 @@ class StepCost:
 
     @property
     def standing(self) -> int:
-        """Bytes that live throughout: weights, LoRA with its moments, gates, and a teacher's LoRA weights."""
-        return self.weights + (4 + ADAM) * self.lora + 4 * 8 * self.gates + 4 * self.lora
+        """Bytes that live throughout: weights, also repaired ones, LoRA with its moments, gates, a teacher's LoRA weights."""
+        return self.weights + self.repaired + (4 + ADAM) * self.lora + 4 * 8 * self.gates + 4 * self.lora
 
     @property
     def peak(self) -> int:
-        """Bytes at the worst point of a step, or of the evaluation."""
+        """Bytes at the worst point of a step, of the repair, or of the evaluation."""
         passes = (
             self.teacher_peak,
             self.taught + self.forward_peak,
             self.taught + self.kept + self.head,
             self.taught + self.backward_peak,
             3 * 4 * self.lora,  # gradients, and the optimiser's own working set
+            self.repair,
             self.evaluation,
         )
         return max(self.standing + max(passes), self.final)
@@ -181,6 +187,8 @@ def step_cost(config: PruneConfig, dense: PretrainedConfig, arch: Arch, dtype: t
         forward_peak=forward_peak,
         backward_peak=backward_peak,
         head=head,
+        repair=held_bytes(arch.dims, config.repair_sequences, config.seq_len, dtype.itemsize) if config.repair else 0,
+        repaired=weight_bytes(arch.dims, dtype.itemsize) if config.repair else 0,
         evaluation=evaluation,
         final=0 if config.load_in != "none" else final,  # what a quantised base becomes is folded on the CPU
         teacher=teacher,

@@ -27,9 +27,10 @@ from nuteprune.estimation.rehearsal import RunTime, miniature, rehearse, run_tim
 from nuteprune.export.hf import compact_shapes
 from nuteprune.job import check_model, pick_save_dtype
 from nuteprune.measuring import in_fresh_process
-from nuteprune.models import Source, pick_device
+from nuteprune.models import Source, describe, pick_device, pick_dtype
 from nuteprune.plan import make_discretiser
 from nuteprune.progress import Reporter, duration
+from nuteprune.repair import held_bytes
 from nuteprune.size import BlockSize
 
 NOT_COUNTED = "reading and tokenising text, and sampling it for --data self"
@@ -289,4 +290,21 @@ def measure_run(config: PruneConfig, device: str, reporter: Reporter) -> Measure
                 raise MeasurementError(f"the rehearsal failed: {cause}; if memory is full, {advice}.") from error
     seconds = time.perf_counter() - began
     when = run_time(config, rehearsed, max(seconds - rehearsed.seconds, 0.0))
-    return Measured(device, mini.total_steps, peak, rehearsed.device_allocated, rehearsed.device_reserved, when, seconds)
+    held = repair_holds(config)  # the rehearsal's repair read next to nothing
+    on_gpu = rehearsed.device_allocated is not None
+    if rehearsed.before_repair is not None and not on_gpu:
+        peak = max(peak, rehearsed.before_repair + held)
+    allocated, reserved = rehearsed.device_allocated, rehearsed.device_reserved
+    if allocated is not None and reserved is not None and rehearsed.device_before_repair is not None:
+        more = max(0, rehearsed.device_before_repair + held - allocated)
+        allocated, reserved = allocated + more, reserved + more
+    return Measured(device, mini.total_steps, peak, allocated, reserved, when, seconds)
+
+
+def repair_holds(config: PruneConfig) -> int:
+    """Bytes that the repair of a run on this machine holds at most beside the model; 0 without one."""
+    if not config.repair:
+        return 0
+    _, arch = describe(Source.find(config.model))
+    precision = pick_dtype(config.dtype, pick_device(config.device))
+    return held_bytes(arch.dims, config.repair_sequences, config.seq_len, precision.itemsize)

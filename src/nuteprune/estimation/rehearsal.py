@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from nuteprune.arch import Axis, Dims
 from nuteprune.balance import TRIES
 from nuteprune.config import PruneConfig
 from nuteprune.data import Blocks
@@ -25,6 +26,7 @@ from nuteprune.estimation.timetable import Point, rehearsal_steps, timetable
 from nuteprune.files import save_tensors, save_text
 from nuteprune.gate_start import BALANCE, IMPORTANCE
 from nuteprune.job import BLOCKS, HELD_OUT, resume
+from nuteprune.measuring import memory_now
 from nuteprune.models import Source, describe, pick_device
 from nuteprune.progress import Counter as LiveCounter
 from nuteprune.progress import Reporter
@@ -74,6 +76,9 @@ class Rehearsal:
         saving: seconds that a checkpoint took.
         trained: when the last step ended, seconds since the beginning.
         device_allocated, device_reserved: peaks of GPU memory, bytes; None on a CPU.
+        solving: seconds of the repair that do not grow with its text: factors and solutions.
+        before_repair: resident bytes of the process when the repair began; None without one, or where the system does not say.
+        device_before_repair: the same of GPU memory in use.
     """
 
     seconds: float
@@ -83,6 +88,9 @@ class Rehearsal:
     trained: float
     device_allocated: int | None
     device_reserved: int | None
+    solving: float = 0.0
+    before_repair: int | None = None
+    device_before_repair: int | None = None
 
     def step_seconds(self, point: Point) -> float:
         """Median seconds of a step at a point, without the first; of the nearest point if it was not reached."""
@@ -110,7 +118,7 @@ class Rehearsal:
 def miniature(config: PruneConfig, out: str) -> PruneConfig:
     """The options of the rehearsal of a run."""
     batches = min(BATCHES, config.importance_batches)
-    repair_batches = min(REPAIR_BATCHES, config.repair_batches) if config.repair else config.repair_batches
+    repair_batches = min(REPAIR_BATCHES, config.repair_sequences // config.batch_size) if config.repair else None
     steps = rehearsal_steps(config)
     middle = max(1, (steps + 1) // 2)  # one checkpoint is written on the way, to be timed
     return config.replace(
@@ -143,15 +151,32 @@ def rehearse(config: PruneConfig, progress: Progress) -> Rehearsal:
     resume(folder, watch)
     assert (folder / RESULT).is_file()
     cuda = device.type == "cuda"
+    allocated = torch.cuda.max_memory_allocated(device) if cuda else None
+    reserved = torch.cuda.max_memory_reserved(device) if cuda else None
     return Rehearsal(
         seconds=watch.now,
         stages=watch.stages,
         steps=watch.steps,
         saving=watch.saving,
         trained=watch.trained,
-        device_allocated=torch.cuda.max_memory_allocated(device) if cuda else None,
-        device_reserved=torch.cuda.max_memory_reserved(device) if cuda else None,
+        device_allocated=allocated,
+        device_reserved=reserved,
+        solving=solving_seconds(describe(Source.find(config.model))[1].dims, device) if config.repair else 0.0,
+        before_repair=watch.before_repair,
+        device_before_repair=watch.device_before_repair,
     )
+
+
+def solving_seconds(dims: Dims, device: torch.device) -> float:
+    """Seconds that a repair factors and solves for, all layers; what it takes does not depend on the values."""
+    total = 0.0
+    for width in (dims.size(Axis.QUERY), dims.intermediate):
+        square = torch.eye(width, dtype=torch.float64, device=device)
+        wanted = torch.ones(width, dims.hidden, dtype=torch.float64, device=device)
+        began = time.perf_counter()
+        torch.cholesky_solve(wanted, torch.linalg.cholesky(square)).sum().item()  # waits for the device
+        total += time.perf_counter() - began
+    return dims.layers * total
 
 
 def random_blocks(path: Path, config: PruneConfig) -> Blocks:
@@ -171,6 +196,8 @@ class _Stopwatch(Reporter):
         self.stages: list[Stage] = []
         self.steps: list[tuple[Point, float]] = []
         self.saving = self.trained = 0.0
+        self.before_repair: int | None = None
+        self.device_before_repair: int | None = None
         self._began = time.perf_counter()
         self._points = timetable(config)
         self._trained_before = 0.0
@@ -193,6 +220,9 @@ class _Stopwatch(Reporter):
 
     def counter(self, what: str) -> LiveCounter:
         """A stage."""
+        if what == REPAIR:
+            self.before_repair = memory_now()
+            self.device_before_repair = torch.cuda.memory_allocated() if torch.cuda.is_available() else None
         self.stages.append(Stage(what, self.now))
         return _Timed(self, what, self.stages[-1], self._work.get(what, 1))
 
@@ -280,7 +310,8 @@ def run_time(config: PruneConfig, rehearsed: Rehearsal, start_up: float) -> RunT
             (REPAIR, config.repair_sequences / mini.repair_sequences),
             (SHARE, compared(config.total_steps) / compared(mini.total_steps)),
         ):
-            end += (times - 1.0) * sum(stage.ended - stage.began for stage in rehearsed.stages if stage.name == name)
+            took = sum(stage.ended - stage.began for stage in rehearsed.stages if stage.name == name)
+            end += (times - 1.0) * max(took - (rehearsed.solving if name == REPAIR else 0.0), 0.0)
     between = trained - ready.ended - sum(seconds for _, seconds in rehearsed.steps) + rehearsed.first_steps()
     between += rehearsed.saving * (_checkpoints(config) - _checkpoints(mini))
     steps = {point: (count, rehearsed.step_seconds(point)) for point, count in Counter(timetable(config)).items()}
