@@ -318,6 +318,17 @@ def test_gates_can_start_from_every_criterion(small_run: PruneConfig, tmp_path: 
         ({"gate_init": "open", "head_bias": 1.0}, "--head-bias got 1 with --gate-init open, where it does nothing"),
         ({"prune": ("heads",), "head_bias": 1.0}, "--head-bias got 1 with --prune heads, where it does nothing"),
         ({"target_shape": ("heads=2",), "head_bias": 1.0}, "--head-bias got 1 with --target-shape heads=2, where it does"),
+        ({"gates": "hard-concrete", "gate_width": (0.2, 0.1)}, "--gate-width got 0.2,0.1 with --gates hard-concrete"),
+        ({"control_lr": 0.5}, "--control-lr got 0.5 with --control projection, where it does nothing"),
+        ({"gate_init": "open", "gate_init_batches": 3}, "--gate-init-batches got 3 with --gate-init open"),
+        (
+            {"gate_init": "magnitude", "head_bias": 0.5, "gate_init_batches": 3},
+            "--gate-init-batches got 3 with --gate-init mag",
+        ),
+        ({"teachers": "intact", "walk_back": True}, "--walk-back got True with --teachers intact"),
+        ({"teachers": "none", "temperature": 2.0}, "--temperature got 2 with --teachers none"),
+        ({"method": "taylor", "teachers": "none", "hidden_loss": "plain"}, "--hidden-loss got plain with --teachers none"),
+        ({"hidden_weight": 2.0}, "--hidden-weight got 2 with --hidden-loss none"),
         ({"head_bias": 9.0}, "--head-bias got 9.0; allowed is a number from -5 to 5"),
         ({"passes": 2}, "--passes got 2 with --method nuteprune; allowed is 1, or one of taylor, wanda, flap"),
         ({"method": "magnitude", "passes": 2}, "--passes got 2 with --method magnitude"),
@@ -330,6 +341,25 @@ def test_gates_can_start_from_every_criterion(small_run: PruneConfig, tmp_path: 
 def test_what_does_not_go_together_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         PruneConfig.create(**options)
+
+
+def test_what_a_recipe_gives_is_not_refused() -> None:
+    """Nor what a run folder holds: it was begun."""
+    assert PruneConfig.create(recipe="paper", teachers="intact").walk_back
+    assert PruneConfig.create(gate_init="magnitude", gate_init_batches=3).balance_sequences
+    assert PruneConfig.create(hidden_weight=1.0).hidden_loss == "none"  # the default
+
+
+def test_an_earlier_run_may_hold_what_does_nothing(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(PruneConfig.create().replace(teachers="intact", teacher_lag=3).to_yaml())
+    assert PruneConfig.of_run(tmp_path / "config.yaml").teacher_lag == 3
+
+
+def test_the_repair_reads_as_much_text_whatever_the_batch() -> None:
+    for batch, sequences in ((2, 128), (3, 129), (32, 128), (256, 256)):
+        assert PruneConfig.create(steps=1000, batch_size=batch).repair_sequences == sequences
+    assert PruneConfig.create(steps=1000, batch_size=32, repair_batches=64).repair_sequences == 2048
+    assert PruneConfig.create(steps=40, batch_size=2).repair_sequences == 20  # a quarter of the steps
 
 
 def test_weights_are_repaired_where_that_is_part_of_the_method() -> None:

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import math
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import yaml
 
 from nuteprune.errors import ConfigError
-from nuteprune.option_rules import check_options
+from nuteprune.option_rules import check_options, refuse_idle
 from nuteprune.option_values import check_fields, checked_type, flag, option, read_yaml
 from nuteprune.recipes import CHANNELS, CRITERIA, METHOD_DECIDES, RECIPES, SHAPE_DECIDES
 
@@ -468,8 +469,15 @@ class PruneConfig:
             **options: any field; `recipe` picks the defaults of the others.
 
         Raises:
-            ConfigError: an unknown option or a value that is not allowed.
+            ConfigError: an unknown option, a value that is not allowed, or one that others leave nothing to do.
         """
+        config = cls._of(options)
+        refuse_idle(config, options)
+        return config
+
+    @classmethod
+    def _of(cls, options: Mapping[str, Any]) -> PruneConfig:
+        """A configuration from some options and the defaults of their recipe, shape and method."""
         known = [f.name for f in dataclasses.fields(cls)]
         for name in options:
             if name not in known:
@@ -510,7 +518,7 @@ class PruneConfig:
         names = [*SHAPE_DECIDES] if found.get("target_shape") else []
         names += METHOD_DECIDES if found.get("method") in CRITERIA else ()  # perhaps defaults of an earlier version
         decided = {name: found.pop(name) for name in names if name in found}
-        return cls.create(**found).replace(**decided)
+        return cls._of(found).replace(**decided)
 
     def replace(self, **changes: Any) -> PruneConfig:
         """A copy with some options changed, checked again."""

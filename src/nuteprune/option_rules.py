@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from nuteprune.errors import ConfigError
 from nuteprune.option_values import flag, parse_shape
-from nuteprune.recipes import CRITERIA
+from nuteprune.recipes import CRITERIA, RECIPES
 
 if TYPE_CHECKING:
     from nuteprune.config import PruneConfig
@@ -22,7 +23,6 @@ def check_options(options: PruneConfig) -> None:
     _check_ranges(options)
     _check_units(options)
     _check_criteria(options)
-    _check_idle(options)
     _check_together(options)
 
 
@@ -105,18 +105,48 @@ def _check_criteria(options: PruneConfig) -> None:
         )
 
 
-def _check_idle(options: PruneConfig) -> None:
-    """Refuses options that would do nothing because of another."""
-    idle = {name: "without --repair" for name in ("repair_batches", "repair_damping") if not options.repair}
+def refuse_idle(options: PruneConfig, given: Mapping[str, Any]) -> None:
+    """Refuses options that were given a value of their own, though others leave them nothing to do.
+
+    Args:
+        options: all of them.
+        given: those that were given, by name.
+
+    Raises:
+        ConfigError: names both.
+    """
+    defaults = {f.name: f.default for f in dataclasses.fields(options)} | RECIPES[options.recipe]
+    for name, why in _idle(options).items():
+        if name in given and (value := getattr(options, name)) != defaults[name]:
+            shown = ",".join(f"{v:g}" for v in value) if isinstance(value, tuple) else value
+            shown = f"{shown:g}" if isinstance(shown, float) else shown
+            raise ConfigError(f"{flag(name)} got {shown} {why}, where it does nothing; leave one of them out.")
+
+
+def _idle(options: PruneConfig) -> dict[str, str]:
+    """Options that do nothing, and why."""
+    found: dict[str, str] = {}
+    if not options.repair:
+        found |= dict.fromkeys(("repair_batches", "repair_damping"), "without --repair")
     if not options.balanced:
         owner = "target_shape" if options.target_shape else "gate_init" if options.gate_init in ("flap", "open") else "prune"
         named = "method" if owner == "gate_init" and options.one_shot else owner
         value = getattr(options, named)
-        idle["head_bias"] = f"with {flag(named)} {value if isinstance(value, str) else ','.join(value)}"
-    defaults = {f.name: f.default for f in dataclasses.fields(options)}
-    for name, given in idle.items():
-        if (value := getattr(options, name)) != defaults[name]:
-            raise ConfigError(f"{flag(name)} got {value:g} {given}, where it does nothing; leave one of them out.")
+        found["head_bias"] = f"with {flag(named)} {value if isinstance(value, str) else ','.join(value)}"
+    if options.gate_init == "open" or (options.gate_init == "magnitude" and not options.balance_sequences):
+        found["gate_init_batches"] = f"with --gate-init {options.gate_init}, which measures nothing"
+    if options.gates == "hard-concrete":
+        found["gate_width"] = "with --gates hard-concrete"
+    if options.control == "projection":
+        found["control_lr"] = "with --control projection"
+    if options.teachers != "numerous":
+        found |= dict.fromkeys(("teacher_lag", "walk_back", "snapshot_every"), f"with --teachers {options.teachers}")
+    if options.hidden_loss == "none":
+        found["hidden_weight"] = "with --hidden-loss none"
+    if options.teachers == "none":
+        distilled = ("kl_weight", "temperature", "hidden_loss", "hidden_weight", "lm_weight")
+        found |= dict.fromkeys(distilled, "with --teachers none")
+    return found
 
 
 def _check_together(options: PruneConfig) -> None:
