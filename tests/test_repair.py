@@ -266,6 +266,15 @@ def test_the_best_share_goes_on(
     assert all(torch.equal(one[key], two[key]) for key in one) is (taken == "0")
 
 
+def test_where_hidden_states_alone_teach_the_share_is_by_the_kl(small_run: PruneConfig) -> None:
+    config = small_run.replace(
+        repair=True, repair_batches=3, prune=WIDTHS, kl_weight=0.0, lm_weight=0.0, hidden_loss="normalised"
+    )
+    losses = prune(config, Quiet()).figures.recovery_losses  # type: ignore[union-attr]
+    assert len(losses) == len(set(losses.values())) == len(recovery_start.SHARES)
+    assert min(losses.values()) > 0
+
+
 def test_a_share_lies_between_the_intact_weights_and_the_solved() -> None:
     masked = made()
     weights = repair(masked, random_masks(masked.arch, kinds=WIDTHS), IDS)
@@ -293,7 +302,7 @@ def test_its_options_reach_it(repaired_run: PruneConfig, tmp_path: Path) -> None
     assert not torch.equal(found[0], found[2])
     for steps, batches in ((2, 1), (12, 3), (400, 64)):  # short runs do not spend themselves on it
         assert PruneConfig.create(steps=steps, batch_size=2).repair_sequences == 2 * batches
-    assert PruneConfig.create(method="flap", steps=0, repair=True, batch_size=1).repair_sequences == 64
+    assert PruneConfig.create(method="flap", steps=0, repair=True, batch_size=1).repair_sequences == 128
 
 
 def test_records_stay_without_it_and_exports_have_it(repaired_run: PruneConfig, tmp_path: Path) -> None:

@@ -62,16 +62,20 @@ def repaired(trainer: Trainer, masks: Masks) -> dict[str, Tensor]:
 
 
 def best_share(trainer: Trainer, masks: Masks, solved: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Of `SHARES` of the way from the intact to the solved weights, those with the lowest loss; none for nothing of it."""
-    masked = trainer.masked
+    """Of `SHARES` of the way from the intact to the solved weights, those with the lowest loss; none for nothing of it.
+
+    The loss is what the options make of logits, without hidden states; the KL where they weigh nothing of logits.
+    """
+    masked, config = trainer.masked, trainer.config
+    weighed = config.kl_weight or config.lm_weight or config.teachers == "none"  # else hidden states alone teach
     tried: dict[float, float] = {}
     with masked.uncompiled(), trainer.counter(SHARE) as progress, torch.no_grad():
         ahead = list(_ahead(trainer))
         for share in SHARES:
             masked.repair(solved, share)
             masked.set_masks(masks)
-            losses = [float(trainer.head_loss(masked.forward(batch), taught, batch).total) for batch, taught in ahead]
-            tried[share] = sum(losses) / len(losses)
+            losses = [trainer.head_loss(masked.forward(batch), taught, batch) for batch, taught in ahead]
+            tried[share] = sum(float(loss.total if weighed else loss.kl) for loss in losses) / len(losses)
             progress(len(tried), len(SHARES))
     trainer.state.recovery_losses = {f"{share:g}": loss for share, loss in tried.items()}
     best = min(tried, key=lambda share: tried[share])
