@@ -175,17 +175,17 @@ def test_a_sample_beside_another_has_none_of_its_blocks(tmp_path: Path) -> None:
     whole = [tuple(row) for row in blocks.read(list(range(blocks.count))).tolist()]
     for first, other in ((1, 5), (6, 4), (7, blocks.count), (blocks.count, 3)):
         taken, apart = ([tuple(row) for row in blocks.sample(*args).tolist()] for args in ((first,), (other, "train", first)))
-        left = [row for row in whole if row not in taken] or whole  # all were taken: the others are any
+        left = {row for row in whole if row not in taken}
         assert len(taken) == first
-        assert len(apart) == min(other, len(left))
-        assert set(apart) <= set(left)
+        assert len(apart) == len(set(apart)) == min(other, len(whole))
+        assert len(left & set(apart)) == min(other, len(left))  # taken ones only where there are too few others
         assert [whole.index(row) for row in apart] == sorted({whole.index(row) for row in apart})
 
 
 def test_too_little_text_is_refused(tmp_path: Path) -> None:
     source = tmp_path / "a.txt"
     source.write_text("the cat sat", encoding="utf-8")
-    with pytest.raises(DataError, match=r"gives \d blocks of 8 tokens; a batch needs 4"):
+    with pytest.raises(DataError, match=r"gives \d blocks of 8 tokens, of which \d are to train on .*; a batch needs 4"):
         _build(tmp_path / "b.safetensors", source, least=4)
     assert not (tmp_path / "b.safetensors").exists()
 

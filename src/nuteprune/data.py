@@ -274,12 +274,12 @@ class Blocks:
         Args:
             most: blocks wanted.
             part: train or held_out.
-            beside: none of the blocks that a sample of this many has, unless there are no others.
+            beside: none of the blocks that a sample of this many has, as far as there are others.
         """
         count = self.count if part == "train" else self.held_out
-        apart = set(_spaced(range(count), beside))
-        there = [i for i in range(count) if i not in apart]
-        return self.read(_spaced(there or range(count), most), part)
+        apart = _spaced(range(count), beside)
+        others = _spaced(sorted({*range(count)} - {*apart}), most)
+        return self.read(sorted(others + _spaced(apart, most - len(others))), part)
 
     def batch(self, step: int, batch_size: int, seed: int) -> Tensor:
         """The batch of a step, int64 [batch_size, seq_len]; a function of its arguments alone.
@@ -365,8 +365,8 @@ def build_blocks(
     tensors = {"train": torch.cat(train), "held_out": torch.cat(apart)[:held_out]}
     if len(tensors["train"]) < least:
         raise DataError(
-            f"--data {', '.join(sources)} gives {total} blocks of {seq_len} tokens; a batch needs {least}. "
-            "Give more text or lower --batch-size or --seq-len."
+            f"--data {', '.join(sources)} gives {total} blocks of {seq_len} tokens, of which {len(tensors['train'])} are to "
+            f"train on and the others held out; a batch needs {least}. Give more text or lower --batch-size or --seq-len."
         )
     save_tensors(path, tensors)
     return Blocks.open(path)
