@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 
 import nuteprune.trainer
 from nuteprune import checkpoint, stability
-from nuteprune.checkpoint import checkpoints, damage
+from nuteprune.checkpoint import checkpoints, damage, save_checkpoint
 from nuteprune.config import PruneConfig
 from nuteprune.errors import ConfigError, DataError, DiskFullError, NutePruneError, TrainingError
 from nuteprune.files import atomic_file, atomic_folder, room
@@ -472,3 +472,9 @@ def test_a_checkpoint_names_what_it_needs(durable: PruneConfig) -> None:
         manifest = json.loads((path / checkpoint.MANIFEST).read_text())
         assert set(manifest["own"]) == {"tensors.safetensors", "state.json"}
         assert {"data/blocks.safetensors", "teachers/record-001.safetensors"} <= set(manifest["run"])
+
+
+def test_the_newest_checkpoint_is_that_of_the_latest_step(tmp_path: Path) -> None:
+    for step in (999_950, 1_000_000):  # a digit more
+        save_checkpoint(tmp_path / "checkpoints", step, {"a": torch.ones(2)}, {"step": step}, keep=1)
+    assert [p.name for p in checkpoints(tmp_path / "checkpoints")] == ["step-1000000"]

@@ -71,7 +71,7 @@ def checkpoints(folder: Path) -> list[Path]:
         whole = folder / old.name.removeprefix(".").removesuffix(".old")
         if not whole.exists():
             os.replace(old, whole)
-    return sorted(p for p in folder.glob("step-*") if p.is_dir())
+    return sorted((p for p in folder.glob("step-*") if p.is_dir()), key=step_of)
 
 
 def pick_checkpoint(folder: Path, warn: Callable[[str], None]) -> Path:
