@@ -1,4 +1,4 @@
-"""Compaction: every weight cut by its masks, LoRA merged, surviving soft values folded in (design, section 2).
+"""Compaction: every weight cut by its masks, LoRA merged, surviving soft values folded in (docs/design.md, compaction).
 
 The compact model computes what the masked model computes. An RMSNorm over an axis cut from n to k elements gets its
 weight times sqrt(n / k) and needs its eps times n / k. All modules of a stock model share one eps: it becomes that of the

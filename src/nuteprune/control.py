@@ -1,4 +1,4 @@
-"""How the expected size is driven to the target, and layers to like widths (design, section 2)."""
+"""How the expected size is driven to the target, and layers to like widths (docs/design.md, control)."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ def standardised(importance: Unit, there: Unit | None = None) -> Unit:
     """Log importance with mean 0 and deviation 1 over the units of each kind.
 
     What a unit of a kind costs is the same for all and falls out. Importance per parameter, compared across kinds without
-    this, removes nearly all heads first (design, section 7).
+    this, removes nearly all heads first (docs/design.md, gates).
 
     Args:
         importance: non-negative, by kind.

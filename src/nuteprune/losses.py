@@ -157,7 +157,7 @@ def head_loss(
     lm_weight: float = 0.0,
     softcap: float | None = None,
 ) -> HeadLoss:
-    """kl_weight T^2 KL(teacher || student) + lm_weight CE, means a token (design, section 2).
+    """kl_weight T^2 KL(teacher || student) + lm_weight CE, means a token (docs/design.md, losses).
 
     Args:
         student: hidden states after the final norm, [batch, tokens, hidden], with gradients.

@@ -17,9 +17,9 @@ from nuteprune.recipes import RECIPES
 COST_OPTIONS = (
     "method", "sparsity", "prune", "head_unit", "uniform", "target_shape", "round_heads", "round_intermediate", "round_hidden",
     "tokens", "steps", "batch_size", "seq_len", "warmup", "ramp_shape", "recovery", "lora_rank", "lora_targets", "gates",
-    "gate_init", "gate_init_batches", "passes", "repair", "repair_batches", "control", "teachers", "teacher_lag", "walk_back",
-    "snapshot_every", "hidden_loss", "lm_weight", "device",
-    "dtype", "load_in", "save_dtype", "gradient_checkpointing", "compile", "checkpoint_every", "recipe",
+    "gate_init", "gate_init_batches", "head_bias", "passes", "repair", "repair_batches", "control", "teachers", "teacher_lag",
+    "walk_back", "snapshot_every", "hidden_loss", "temperature", "lm_weight", "device", "dtype", "load_in", "save_dtype",
+    "gradient_checkpointing", "compile", "checkpoint_every", "recipe",
 )  # fmt: skip
 
 Command = Callable[..., None]

@@ -1,7 +1,7 @@
 """What units cost: the size of the decoder blocks as a function of what is kept.
 
 Sparsity is the share of decoder-block parameters removed. The size is a polynomial in the numbers of kept units; with
-keep-probabilities in their place it is the expected size (design, section 2).
+keep-probabilities in their place it is the expected size (docs/design.md, size and sparsity).
 """
 
 from __future__ import annotations
