@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from nuteprune.arch import Arch
+from nuteprune.arch import Arch, Dims
 from nuteprune.config import PruneConfig
 from nuteprune.gates import unit_shapes
 from nuteprune.job import pick_save_dtype
@@ -187,7 +187,7 @@ def step_cost(config: PruneConfig, dense: PretrainedConfig, arch: Arch, dtype: t
         forward_peak=forward_peak,
         backward_peak=backward_peak,
         head=head,
-        repair=held_bytes(arch.dims, config.repair_sequences, config.seq_len, dtype.itemsize) if config.repair else 0,
+        repair=repair_peak(config, arch.dims, dtype),
         repaired=weight_bytes(arch.dims, dtype.itemsize) if config.repair else 0,
         evaluation=evaluation,
         final=0 if config.load_in != "none" else final,  # what a quantised base becomes is folded on the CPU
@@ -196,6 +196,11 @@ def step_cost(config: PruneConfig, dense: PretrainedConfig, arch: Arch, dtype: t
         backward=backward,
         heads=heads,
     )
+
+
+def repair_peak(config: PruneConfig, dims: Dims, dtype: torch.dtype) -> int:
+    """Bytes that the repair of a run holds at most beside a model of this precision; 0 without one."""
+    return held_bytes(dims, config.repair_sequences, config.seq_len, dtype.itemsize) if config.repair else 0
 
 
 def _saved_by_codes(option: str, masked: MaskedModel) -> float:

@@ -21,7 +21,7 @@ from transformers import PretrainedConfig
 from nuteprune.arch import Arch
 from nuteprune.config import PruneConfig
 from nuteprune.errors import ConfigError, ExportError, MeasurementError, TrainingError
-from nuteprune.estimation.costs import StepCost, step_cost
+from nuteprune.estimation.costs import StepCost, repair_peak, step_cost
 from nuteprune.estimation.gpus import Gpu, GpuEstimate, assumptions, find_gpus, on_gpu
 from nuteprune.estimation.rehearsal import RunTime, miniature, rehearse, run_time
 from nuteprune.export.hf import compact_shapes
@@ -30,7 +30,6 @@ from nuteprune.measuring import in_fresh_process
 from nuteprune.models import Source, describe, pick_device, pick_dtype
 from nuteprune.plan import make_discretiser
 from nuteprune.progress import Reporter, duration
-from nuteprune.repair import held_bytes
 from nuteprune.size import BlockSize
 
 NOT_COUNTED = "reading and tokenising text, and sampling it for --data self"
@@ -289,7 +288,7 @@ def measure_run(config: PruneConfig, device: str, reporter: Reporter) -> Measure
                 cause = str(error).partition("; ")[0].partition(". ")[0].rstrip(".")
                 raise MeasurementError(f"the rehearsal failed: {cause}; if memory is full, {advice}.") from error
     seconds = time.perf_counter() - began
-    when = run_time(config, rehearsed, max(seconds - rehearsed.seconds, 0.0))
+    when = run_time(config, rehearsed, max(seconds - rehearsed.ended, 0.0))
     held = repair_holds(config)  # the rehearsal's repair read next to nothing
     on_gpu = rehearsed.device_allocated is not None
     if rehearsed.before_repair is not None and not on_gpu:
@@ -303,8 +302,5 @@ def measure_run(config: PruneConfig, device: str, reporter: Reporter) -> Measure
 
 def repair_holds(config: PruneConfig) -> int:
     """Bytes that the repair of a run on this machine holds at most beside the model; 0 without one."""
-    if not config.repair:
-        return 0
     _, arch = describe(Source.find(config.model))
-    precision = pick_dtype(config.dtype, pick_device(config.device))
-    return held_bytes(arch.dims, config.repair_sequences, config.seq_len, precision.itemsize)
+    return repair_peak(config, arch.dims, pick_dtype(config.dtype, pick_device(config.device)))

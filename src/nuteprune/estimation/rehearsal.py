@@ -79,6 +79,7 @@ class Rehearsal:
         solving: seconds of the repair that do not grow with its text: factors and solutions.
         before_repair: resident bytes of the process when the repair began; None without one, or where the system does not say.
         device_before_repair: the same of GPU memory in use.
+        ended: when all was measured, seconds since the beginning.
     """
 
     seconds: float
@@ -91,6 +92,7 @@ class Rehearsal:
     solving: float = 0.0
     before_repair: int | None = None
     device_before_repair: int | None = None
+    ended: float = 0.0
 
     def step_seconds(self, point: Point) -> float:
         """Median seconds of a step at a point, without the first; of the nearest point if it was not reached."""
@@ -150,20 +152,22 @@ def rehearse(config: PruneConfig, progress: Progress) -> Rehearsal:
     watch = _Stopwatch(config, progress)
     resume(folder, watch)
     assert (folder / RESULT).is_file()
-    cuda = device.type == "cuda"
+    seconds, cuda = watch.now, device.type == "cuda"
     allocated = torch.cuda.max_memory_allocated(device) if cuda else None
     reserved = torch.cuda.max_memory_reserved(device) if cuda else None
+    solving = solving_seconds(describe(Source.find(config.model))[1].dims, device) if config.repair else 0.0
     return Rehearsal(
-        seconds=watch.now,
+        seconds=seconds,
         stages=watch.stages,
         steps=watch.steps,
         saving=watch.saving,
         trained=watch.trained,
         device_allocated=allocated,
         device_reserved=reserved,
-        solving=solving_seconds(describe(Source.find(config.model))[1].dims, device) if config.repair else 0.0,
+        solving=solving,
         before_repair=watch.before_repair,
         device_before_repair=watch.device_before_repair,
+        ended=watch.now,
     )
 
 
