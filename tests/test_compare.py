@@ -88,6 +88,29 @@ def test_models_that_answered_the_same_rows_are_compared_by_rows() -> None:
     assert paired_difference("1", "0") is None  # no error from one row
 
 
+def test_margins_are_one_row_with_their_own_difference() -> None:
+    given = {"piqa": (0.5, 0.17), "boolq": (0.5, 0.29), "exact": (0.5, 0.1)}
+    dense, pruned = _record("dense", given), _record("pruned", given)
+    for record, piqa, boolq in ((dense, "100 -50 30", "10 20"), (pruned, "80 -20 -30", "-10 20")):
+        record.tasks["piqa"]["margins"], record.tasks["boolq"]["margins"] = piqa, boolq
+        record.tasks["exact"]["margins"] = None  # no choices
+    found = compare([dense, pruned])
+    row = next(row for row in found.rows if row.name == "margin, mean of 2 tasks")
+    assert row.values == pytest.approx(((0.08 / 3 + 0.015) / 2, (0.03 / 3 + 0.005) / 2))
+    by_rows = math.sqrt(sum((d + 50 / 3) ** 2 for d in (-20, 30, -60)) / 2 / 3), math.sqrt(2 * 10**2 / 2)
+    assert row.differences[1] == (pytest.approx(-(50 / 3 + 10) / 2 / 1000), pytest.approx(math.hypot(*by_rows) / 2 / 1000))
+    assert row.ratio(1) is None  # margins have any sign
+    line = next(line for line in found.table()[1] if line[0] == row.name)
+    error, other = row.stderr
+    assert line == [row.name, f"+0.0208 ± {error:.4f}", f"+0.0075 ± {other:.4f}", "-", f"-0.0133 ± {row.differences[1][1]:.4f}"]
+    assert any("right answer's log-likelihood" in note for note in found.notes)
+    assert any("margin +0.0267" in line for line in dense.lines())
+    del pruned.tasks["boolq"]["margins"]  # as in a record of an earlier version
+    assert [row.name for row in compare([dense, pruned]).rows if row.kind == "margin"] == ["margin, piqa"]
+    pruned.tasks["piqa"]["margins"] = None
+    assert not any(row.kind == "margin" for row in compare([dense, pruned]).rows)
+
+
 def test_other_protocols_are_left_out() -> None:
     dense = _record("dense", {"piqa": (0.8, 0.03), "boolq": (0.4, 0.04), "arc": (0.5, 0.1)})
     other = _record("other", {"piqa": (0.6, 0.03), "boolq": (0.4, 0.04)})
@@ -148,6 +171,11 @@ def test_broken_records_are_named(content: str, tmp_path: Path) -> None:
         whole["tasks"]["piqa"] |= {"value": 0.5, "answers": answers}
         path.write_text(json.dumps(whole))
         with pytest.raises(DataError, match=r"tasks piqa has answers other than 0 and 1"):
+            Evaluation.load(path)
+    for margins in ("0.5 1", 3, ["1"]):
+        whole["tasks"]["piqa"] |= {"answers": "01", "margins": margins}
+        path.write_text(json.dumps(whole))
+        with pytest.raises(DataError, match=r"record\.json is not what nuteprune eval --json writes"):
             Evaluation.load(path)
     with pytest.raises(ConfigError, match=r"nothing\.json cannot be read"):
         Evaluation.load(tmp_path / "nothing.json")

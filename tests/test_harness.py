@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gzip
 import json
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from nuteprune.evaluation import run as evaluation_run
 from nuteprune.evaluation.harness import Harness, LoadedTask, _answers, load_tasks
 from nuteprune.evaluation.known_tasks import KNOWN, PAPER, KnownTask
 from nuteprune.evaluation.local_rows import read_rows
+from nuteprune.evaluation.margins import mean_margin, read_margins, row_margins
 from nuteprune.evaluation.record import Evaluation
 from nuteprune.evaluation.run import EvalOptions, evaluate
 from nuteprune.models import Source
@@ -138,6 +140,12 @@ def test_numbers_equal_a_plain_harness_run(data: Path, model_folder: Path, tmp_p
         assert score.answers is not None
         assert len(score.answers) == ROWS
         assert score.answers.count("1") / ROWS == pytest.approx(score.value)
+        margins = read_margins(score.margins)
+        assert (margins is None) == (score.task == "lambada_openai")  # which has no choices
+        if margins is not None and (
+            score.metric == "acc_norm" or score.task == "winogrande"
+        ):  # whose answers are of one length
+            assert [margin > 0 for margin in margins] == [answer == "1" for answer in score.answers]
         assert FILES[score.task] in score.protocol
         tasks.remove(score.task)
     assert tasks == []
@@ -231,6 +239,59 @@ def test_answers_are_those_of_the_metric_and_its_filter() -> None:
     assert _answers([{"doc_id": 0, "filter": "none", "acc": np.float64(1)}], "acc") == "1"
     assert _answers([{"doc_id": 0, "filter": "none", "acc": np.ones(2)}], "acc") is None
     assert _answers([], "acc") is None
+
+
+class _Choices:
+    """As much of a harness task as margins need."""
+
+    OUTPUT_TYPE = "multiple_choice"
+
+    def __init__(self, gold: Any, multiple_input: bool = False) -> None:
+        self.gold, self.multiple_input = gold, multiple_input
+
+    def doc_to_choice(self, doc: Any) -> list[str]:
+        return ["aa", "bbbb", "c"]
+
+    def doc_to_target(self, doc: Any) -> Any:
+        return "the same for all" if self.multiple_input else self.gold
+
+    def doc_to_text(self, doc: Any) -> Any:
+        return self.gold if self.multiple_input else "question"
+
+
+@pytest.mark.parametrize(
+    ("gold", "expected"),
+    [(1, "1000"), ("bbbb", "1000"), (0, "-1000"), ([0, 1], "2000"), ([0, 1, 2], None), (None, None)],
+    ids=["index", "text", "wrong ahead", "two right", "all right", "none right"],
+)
+def test_margins_are_bits_a_byte_of_the_right_answer_over_the_best_wrong_one(gold: Any, expected: str | None) -> None:
+    bits = (-4.0, -4.0, -3.0)  # a byte: -2, -1, -3
+    row = {
+        "doc_id": 0,
+        "doc": {},
+        "filter": "none",
+        "filtered_resps": [(value * math.log(2), False) for value in (*bits, 0.0, 0.0, 0.0)],  # the last without the question
+        "arguments": [("question", " aa"), ("question", " bbbb"), ("question", " c"), ("", " aa"), ("", " bbbb"), ("", " c")],
+    }
+    task: Any = _Choices(gold)
+    assert row_margins(task, [row]) == expected
+    assert row_margins(_Choices(gold, multiple_input=True), [row]) == expected
+    assert row_margins(task, [row | {"doc_id": 4, "filter": "other"}, row | {"doc_id": 2, "filter": "other"}]) is None
+    if expected is not None:
+        shifted = row | {"doc_id": 1, "filtered_resps": [(0.0, True), *row["filtered_resps"][1:]]}
+        found = row_margins(task, [shifted, row]) or ""
+        assert found.split()[0] == expected  # in the rows' order, whatever the harness's
+        assert len(found.split()) == 2
+        lost = row | {"doc_id": 1, "filtered_resps": [(-math.inf, False), *row["filtered_resps"][1:]]}
+        assert row_margins(_Choices(0), [lost, row]) is None
+    task.OUTPUT_TYPE = "generate_until"
+    assert row_margins(task, [row]) is None
+
+
+def test_a_mean_margin_has_the_error_of_its_rows() -> None:
+    assert read_margins("1000 -500 0") == [1.0, -0.5, 0.0]
+    assert read_margins(None) is mean_margin(None) is mean_margin([1.0]) is None
+    assert mean_margin([1.0, -0.5, 0.0]) == (pytest.approx(1 / 6), pytest.approx(0.7637626 / math.sqrt(3)))
 
 
 def test_what_the_harness_warns_of_is_passed_on(tmp_path: Path) -> None:

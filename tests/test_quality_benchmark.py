@@ -239,9 +239,9 @@ def test_pictures_and_tables_compare_like_with_like(modules: dict[str, ModuleTyp
 def test_two_runs_are_compared_row_by_row(
     modules: dict[str, ModuleType], tmp_path: Path, capsys: Any, monkeypatch: Any
 ) -> None:
-    def result(name: str, seed: int, piqa: str, easy: str | None, **evaluate: Any) -> None:
+    def result(name: str, seed: int, piqa: str, easy: str | None, margins: str | None = None, **evaluate: Any) -> None:
         scores = {
-            task: {"value": 0.9, "stderr": 0.01, "answers": answers}
+            task: {"value": 0.9, "stderr": 0.01, "answers": answers, "margins": margins}
             for task, answers in {"piqa": piqa, "arc_easy": easy}.items()
         }
         text = {"a": {"perplexity": 9.0, "protocol": "a", "windows": 2}}
@@ -282,6 +282,20 @@ def test_two_runs_are_compared_row_by_row(
     assert found["mean of all"] == ["", "+31.25", f"{(25**2 + 23.936**2) ** 0.5 / 2:.2f}", "+25.00, +37.50"]
     assert said("g/dense", "g/one")["piqa"] == ["4", "-62.50", "23.94", "-50.00, -75.00"]  # beside each seed
     assert {v[1][0] for v in said("g/two", "g/one").values() if len(v) == 4 and v[1][0] in "+-"} == {"-"}
+    result("m/one-s0", 0, "1010", "1100", "0 10 -500 3")
+    result("m/two-s0", 0, "0110", "1111", "4 10 -400 2")
+    monkeypatch.setattr(sys, "argv", ["paired.py", "m/one", "m/two"])
+    modules["paired"].main()
+    answers, margins = capsys.readouterr().out.split("| task | rows | difference, ")[1:]
+    assert "| piqa | 4 | +0.00 | 40.82 | +0.00 |" in answers
+    assert margins.startswith("thousandths of a bit a byte |")
+    assert "| piqa | 4 | +25.75 | 24.77 | +25.75 |" in margins  # rows: 4, 0, 100, -1; deviation 49.54 over sqrt(4)
+    monkeypatch.setattr(sys, "argv", ["paired.py", "g/one", "g/two"])
+    modules["paired"].main()
+    assert "a byte" not in capsys.readouterr().out  # of results without margins
+    result("m/three-s0", 0, "0110", "1111", "4 10 -400")
+    with pytest.raises(SystemExit, match="piqa: margins are not kept for the same rows"):
+        said("m/three", "m/two")
     with pytest.raises(SystemExit, match="arc_easy: answers are not kept"):
         said("g/old", "g/one")
     with pytest.raises(SystemExit, match="asked other rows"):

@@ -8,7 +8,8 @@ Prints for each text by how many per cent the second run's perplexity is lower t
 Two models answer much alike, so the error of their difference on the same rows is about half of what their two scores suggest.
 Prints for each task the second run less the first, in points: the mean over those seeds, its standard error over
 rows (a row's difference is first averaged over seeds), and each seed alone; then means over the tasks on which the dense model
-is clearly above chance, and over all.
+is clearly above chance, and over all. Then the same of margins, in thousandths of a bit a byte, where both results have them:
+how far the right answer is ahead of the best wrong one, which tells models apart from fewer rows.
 """
 
 from __future__ import annotations
@@ -17,13 +18,41 @@ import argparse
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from table import Row, choose, dense_of, read, telling
 
+from nuteprune.evaluation.margins import read_margins
+
 CHOICE = ("wiki.valid.raw", "openwebtext.jsonl.gz", "c4_realnewslike.jsonl.gz")  # texts by which the recipe was chosen
 HELD_OUT = "held out"
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What is known of each row of a task.
+
+    Attributes:
+        name: of it in a result.
+        read: the value of each row from what a result keeps.
+        scale: by which differences are shown.
+        unit: what they are shown in.
+    """
+
+    name: str
+    read: Callable[[str], list[float]]
+    scale: float
+    unit: str
+
+
+def _margins(kept: str) -> list[float]:
+    return read_margins(kept) or []
+
+
+ANSWERS = Measure("answers", lambda kept: [float(answer) for answer in kept], 100, "points")
+MARGINS = Measure("margins", _margins, 1000, "thousandths of a bit a byte")
 
 
 def main() -> None:
@@ -37,6 +66,9 @@ def main() -> None:
     print(f"### {args.other} against {args.first}\n\n{texts(first, other)}\n")
     if first.results[0]["tasks"] and other.results[0]["tasks"]:
         print(table(first, other, telling(dense)))
+        scores = [score for pair in paired(first, other) for result in pair for score in result["tasks"].values()]
+        if all(score.get("margins") for score in scores):
+            print(f"\n{table(first, other, telling(dense), MARGINS)}")
 
 
 def one(shown: dict[str, list[Row]], name: str) -> Row:
@@ -83,16 +115,17 @@ def _nats(result: dict[str, Any]) -> dict[str, tuple[str, float]]:
     return found | measured
 
 
-def table(first: Row, other: Row, clear: Sequence[str]) -> str:
+def table(first: Row, other: Row, clear: Sequence[str], measure: Measure = ANSWERS) -> str:
     """Differences as Markdown.
 
     Args:
         first: a run, or the dense model, which has no seeds and stands beside each of the other's.
         other: a run.
         clear: tasks whose mean is shown by itself.
+        measure: what is compared.
 
     Raises:
-        SystemExit: they have no seed or no task in common, or their answers are not kept for the same rows.
+        SystemExit: they have no seed or no task in common, or the measure is not kept for the same rows.
     """
     pairs = paired(first, other)
     rows = [[r["evaluate"].get(k) for k in ("leave_out", "limit")] for pair in pairs for r in pair]
@@ -101,10 +134,12 @@ def table(first: Row, other: Row, clear: Sequence[str]) -> str:
     tasks = [task for task in pairs[0][0]["tasks"] if all(task in r["tasks"] for pair in pairs for r in pair)]
     if not tasks:
         raise SystemExit(f"{first.name} and {other.name} have no task in common")
-    differences = {task: [row_differences(a["tasks"][task], b["tasks"][task], task) for a, b in pairs] for task in tasks}
-    means = {task: [100 * statistics.fmean(seed) for seed in differences[task]] for task in tasks}
-    errors = {task: 100 * error(differences[task]) for task in tasks}
-    lines = ["| task | rows | difference | standard error | each seed |", "|---|---|---|---|---|"]
+    differences = {
+        task: [row_differences(a["tasks"][task], b["tasks"][task], task, measure) for a, b in pairs] for task in tasks
+    }
+    means = {task: [measure.scale * statistics.fmean(seed) for seed in differences[task]] for task in tasks}
+    errors = {task: measure.scale * error(differences[task]) for task in tasks}
+    lines = [f"| task | rows | difference, {measure.unit} | standard error | each seed |", "|---|---|---|---|---|"]
     for task in tasks:
         lines.append(_line(task, str(len(differences[task][0])), means[task], errors[task]))
     for name, chosen in (("of those clearly above chance", [t for t in tasks if t in clear]), ("of all", tasks)):
@@ -126,15 +161,15 @@ def paired(first: Row, other: Row) -> list[tuple[dict[str, Any], dict[str, Any]]
     return pairs
 
 
-def row_differences(first: dict[str, Any], other: dict[str, Any], task: str) -> list[int]:
-    """For each row 1 where only the other knows it, -1 where only the first does, 0 else."""
-    before, after = first.get("answers"), other.get("answers")
+def row_differences(first: dict[str, Any], other: dict[str, Any], task: str, measure: Measure = ANSWERS) -> list[float]:
+    """The other's value of each row less the first's; of answers: 1 where it alone is right, -1 where the first alone is."""
+    before, after = (measure.read(score[measure.name]) if score.get(measure.name) else None for score in (first, other))
     if before is None or after is None or len(before) != len(after):
-        raise SystemExit(f"{task}: answers are not kept for the same rows; evaluate both again with the same protocol")
-    return [int(b) - int(a) for a, b in zip(before, after, strict=True)]
+        raise SystemExit(f"{task}: {measure.name} are not kept for the same rows; evaluate both again with the same protocol")
+    return [b - a for a, b in zip(before, after, strict=True)]
 
 
-def error(seeds: list[list[int]]) -> float:
+def error(seeds: list[list[float]]) -> float:
     """Standard error over rows of the mean difference of some seeds (each a list of the rows' differences)."""
     rows = [statistics.fmean(row) for row in zip(*seeds, strict=True)]
     return statistics.stdev(rows) / math.sqrt(len(rows))

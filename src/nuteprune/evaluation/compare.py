@@ -9,10 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from nuteprune.errors import ConfigError
+from nuteprune.evaluation.margins import mean_margin, read_margins
 from nuteprune.evaluation.record import DENSE, FOLDER, PRUNED, Evaluation, run_folder
 
 PAIRED = (
-    "difference: from the first model, in points, ± the standard error over rows that both answered (not over training seeds)."
+    "difference: from the first model, in points (margins: bits a byte), ± the standard error over rows that both answered "
+    "(not over training seeds)."
+)
+MARGIN = (
+    "how far the right answer's log-likelihood is above the best wrong one's, each by its bytes, in bits; mean over rows, then "
+    "over tasks"
 )
 SHARES = ("acc", "acc_norm", "exact_match", "f1")  # metrics that are shares of rows
 
@@ -28,10 +34,10 @@ class Row:
         name: what was measured.
         values: a value a model; None where it was not measured or by another protocol.
         stderr: standard errors, None where there are none.
-        kind: "share" (accuracies and the like), "number", or "count".
+        kind: "share" (accuracies and the like), "margin" (bits a byte), "number", or "count".
         protocol: how it was measured.
         differences: from the first model's value, each with its standard error over the rows that both answered; None where
-            they are not known row by row. Empty where the measure is no share of rows.
+            they are not known row by row. Empty where the measure is none of rows.
     """
 
     name: str
@@ -42,8 +48,10 @@ class Row:
     differences: tuple[Difference | None, ...] = ()
 
     def ratio(self, index: int) -> float | None:
-        """Value of a model over that of the first; None if one is missing."""
+        """Value of a model over that of the first; None if one is missing, and for margins, which have any sign."""
         first, value = self.values[0], self.values[index]
+        if self.kind == "margin":
+            return None
         return value / first if first and value is not None and math.isfinite(first) else None
 
 
@@ -126,6 +134,8 @@ def shown(row: Row, index: int) -> str:
         return "-"
     if row.kind == "share":
         return f"{100 * value:.2f}" + (f" ± {100 * error:.2f}" if error is not None else "")
+    if row.kind == "margin":
+        return f"{value:+.4f} ± {error:.4f}"
     return f"{value:,.0f}" if row.kind == "count" else number(value)
 
 
@@ -143,9 +153,11 @@ def shown_ratio(row: Row, index: int) -> str:
 
 
 def shown_difference(row: Row, index: int) -> str:
-    """A difference in points, with its standard error."""
+    """A difference in points, of margins in bits a byte, with its standard error."""
     if not row.differences or (found := row.differences[index]) is None:
         return "-"
+    if row.kind == "margin":
+        return f"{found[0]:+.4f} ± {found[1]:.4f}"
     return f"{100 * found[0]:+.2f} ± {100 * found[1]:.2f}"
 
 
@@ -179,6 +191,10 @@ def compare(records: list[Evaluation]) -> Comparison:
             f"{guessed}: {short_name(records[0].model)} is not two standard errors above chance there, so what others keep "
             "of it says nothing about quality."
         )
+    by_all = {row.name for row in tasks if None not in row.values}
+    rows += _margins(
+        records, [name for name, e in records[0].tasks.items() if _label(name, e) in own and _label(name, e) in by_all]
+    )
     rows += _speed(records, left_out)
     if len(rows) == 1:
         why = f" ({left_out[0]})" if left_out else ""
@@ -212,11 +228,11 @@ def _rows(records: list[Evaluation], section: str, left_out: list[str]) -> list[
     return rows
 
 
-def paired_difference(first: str | None, other: str | None) -> Difference | None:
-    """Mean over rows of `other` less `first`, and its standard error; both are `TaskScore.answers` of the same rows."""
+def paired_difference(first: str | list[float] | None, other: str | list[float] | None) -> Difference | None:
+    """Mean over rows of `other` less `first`, and its standard error; both are answers or margins of the same rows."""
     if first is None or other is None or len(first) != len(other) or len(first) < 2:
         return None
-    differences = [int(b) - int(a) for a, b in zip(first, other, strict=True)]
+    differences = [b - a for a, b in zip(map(float, first), map(float, other), strict=True)]
     return statistics.fmean(differences), statistics.stdev(differences) / math.sqrt(len(differences))
 
 
@@ -262,6 +278,20 @@ def _mean_difference(differences: list[Difference | None]) -> Difference | None:
     if len(known) < len(differences):
         return None
     return statistics.fmean(value for value, _ in known), math.hypot(*(error for _, error in known)) / len(known)
+
+
+def _margins(records: list[Evaluation], tasks: list[str]) -> list[Row]:
+    """A row for the mean margin over those of the tasks for whose rows all models have one; no row where none has."""
+    found = {task: [read_margins(record.tasks[task].get("margins")) for record in records] for task in tasks}
+    each = {task: margins for task, margins in found.items() if None not in margins}
+    models = range(len(records))
+    means = [_mean_difference([mean_margin(margins[i]) for margins in each.values()]) for i in models] if each else [None]
+    if None in means:
+        return []
+    values, errors = zip(*(mean for mean in means if mean is not None), strict=True)
+    differences = tuple(_mean_difference([paired_difference(m[0], m[i]) for m in each.values()]) for i in models)
+    name = next(iter(each)) if len(each) == 1 else f"mean of {len(each)} tasks"
+    return [Row(f"margin, {name}", values, errors, "margin", MARGIN, differences)]
 
 
 def _speed(records: list[Evaluation], left_out: list[str]) -> list[Row]:

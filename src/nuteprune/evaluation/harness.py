@@ -29,6 +29,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from nuteprune.errors import ConfigError, DataError, reason
 from nuteprune.evaluation.known_tasks import KNOWN, PAPER
 from nuteprune.evaluation.local_rows import LocalRows, read_rows
+from nuteprune.evaluation.margins import row_margins
 
 Progress = Callable[[int, int], None]
 PAPER_TASKS = "paper"  # name of the paper's seven tasks together
@@ -56,6 +57,8 @@ class TaskScore:
         answers: for each row in their order whether the metric has 1 or 0 for it, as a character; None for groups and for
             metrics that are no share of rows. Two models that answered the same rows are compared row by row
             (`nuteprune.evaluation.compare`).
+        margins: for each row in their order how far the right answer is ahead of the best wrong one (`row_margins`); None for
+            groups and where there are no choices.
     """
 
     task: str
@@ -72,6 +75,7 @@ class TaskScore:
     chance: float | None
     part_of: str | None
     answers: str | None
+    margins: str | None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -394,7 +398,8 @@ class Harness:
         """The score of a task or a group in what the harness returns."""
         members = task.members(name)
         rows, count = (sum(sizes) for sizes in zip(*(task.rows(member, limit) for member in members), strict=True))
-        metric = _main_metric(name, metrics)
+        metric, own = _main_metric(name, metrics), task.loaded["tasks"].get(name)
+        samples = found["samples"].get(name, [])
         better = (found["higher_is_better"].get(name) or {}).get(metric.partition(",")[0])
         return TaskScore(
             task=name,
@@ -410,7 +415,8 @@ class Harness:
             protocol=task.protocol(name, limit, self._batch_size),
             chance=KNOWN[name].chance if name in KNOWN else None,
             part_of=None if name == task.name else task.name,
-            answers=_answers(found["samples"].get(name, []), metric),
+            answers=_answers(samples, metric),
+            margins=None if own is None else row_margins(own, samples, metric.partition(",")[2] or "none"),
         )
 
 

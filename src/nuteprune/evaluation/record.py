@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nuteprune.errors import ConfigError, DataError, reason
+from nuteprune.evaluation.margins import mean_margin, read_margins
 from nuteprune.files import save_json
 
 FOLDER, DENSE, PRUNED = "eval", "dense.json", "pruned.json"  # in a run folder
@@ -66,7 +67,9 @@ class Evaluation:
             found.append(f"{name}: perplexity {value}{bits} ({entry['protocol']})")
         for name, entry in self.tasks.items():
             error = f" ± {entry['stderr']:.4f}" if entry["stderr"] is not None else ""
-            found.append(f"{name}: {entry['metric']} {entry['value']:.4f}{error} ({entry['protocol']})")
+            margin = mean_margin(read_margins(entry.get("margins")))
+            ahead = "" if margin is None else f", margin {margin[0]:+.4f} ± {margin[1]:.4f} bits a byte"
+            found.append(f"{name}: {entry['metric']} {entry['value']:.4f}{error}{ahead} ({entry['protocol']})")
         if self.speed:
             speed, memory = self.speed["tokens_per_s"], self.speed["peak_memory_mb"]
             found.append(f"generation: {speed:.1f} tokens/s, peak memory {memory:,.0f} MB ({self.speed['protocol']})")
@@ -98,6 +101,7 @@ class Evaluation:
                     answers = entry.get("answers")  # records of earlier versions have none
                     if answers is not None and (not isinstance(answers, str) or set(answers) - {"0", "1"}):
                         raise TypeError(f"{section} {name} has answers other than 0 and 1")
+                    read_margins(entry.get("margins"))
         except OSError as error:
             raise ConfigError(f"{path} cannot be read: {error.strerror or error}.") from error
         except (ValueError, TypeError, AttributeError) as error:
