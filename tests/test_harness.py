@@ -22,7 +22,7 @@ from nuteprune.evaluation import run as evaluation_run
 from nuteprune.evaluation.harness import Harness, LoadedTask, _answers, load_tasks
 from nuteprune.evaluation.known_tasks import KNOWN, PAPER, KnownTask
 from nuteprune.evaluation.local_rows import read_rows
-from nuteprune.evaluation.margins import mean_margin, read_margins, row_margins
+from nuteprune.evaluation.margins import mean_over_rows, read_margins, row_margins
 from nuteprune.evaluation.record import Evaluation
 from nuteprune.evaluation.run import EvalOptions, evaluate
 from nuteprune.models import Source
@@ -288,10 +288,10 @@ def test_margins_are_bits_a_byte_of_the_right_answer_over_the_best_wrong_one(gol
     assert row_margins(task, [row]) is None
 
 
-def test_a_mean_margin_has_the_error_of_its_rows() -> None:
+def test_a_mean_over_rows_has_the_error_of_its_rows() -> None:
     assert read_margins("1000 -500 0") == [1.0, -0.5, 0.0]
-    assert read_margins(None) is mean_margin(None) is mean_margin([1.0]) is None
-    assert mean_margin([1.0, -0.5, 0.0]) == (pytest.approx(1 / 6), pytest.approx(0.7637626 / math.sqrt(3)))
+    assert read_margins(None) is mean_over_rows(None) is mean_over_rows([1.0]) is None
+    assert mean_over_rows([1.0, -0.5, 0.0]) == (pytest.approx(1 / 6), pytest.approx(0.7637626 / math.sqrt(3)))
 
 
 def test_what_the_harness_warns_of_is_passed_on(tmp_path: Path) -> None:

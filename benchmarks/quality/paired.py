@@ -24,7 +24,7 @@ from typing import Any
 
 from table import Row, choose, dense_of, read, telling
 
-from nuteprune.evaluation.margins import read_margins
+from nuteprune.evaluation.margins import UNIT, read_margins
 
 CHOICE = ("wiki.valid.raw", "openwebtext.jsonl.gz", "c4_realnewslike.jsonl.gz")  # texts by which the recipe was chosen
 HELD_OUT = "held out"
@@ -42,17 +42,13 @@ class Measure:
     """
 
     name: str
-    read: Callable[[str], list[float]]
+    read: Callable[[str | None], list[float] | None]
     scale: float
     unit: str
 
 
-def _margins(kept: str) -> list[float]:
-    return read_margins(kept) or []
-
-
-ANSWERS = Measure("answers", lambda kept: [float(answer) for answer in kept], 100, "points")
-MARGINS = Measure("margins", _margins, 1000, "thousandths of a bit a byte")
+ANSWERS = Measure("answers", lambda kept: None if kept is None else [float(answer) for answer in kept], 100, "points")
+MARGINS = Measure("margins", read_margins, UNIT, "thousandths of a bit a byte")
 
 
 def main() -> None:
@@ -163,7 +159,7 @@ def paired(first: Row, other: Row) -> list[tuple[dict[str, Any], dict[str, Any]]
 
 def row_differences(first: dict[str, Any], other: dict[str, Any], task: str, measure: Measure = ANSWERS) -> list[float]:
     """The other's value of each row less the first's; of answers: 1 where it alone is right, -1 where the first alone is."""
-    before, after = (measure.read(score[measure.name]) if score.get(measure.name) else None for score in (first, other))
+    before, after = (measure.read(score.get(measure.name)) for score in (first, other))
     if before is None or after is None or len(before) != len(after):
         raise SystemExit(f"{task}: {measure.name} are not kept for the same rows; evaluate both again with the same protocol")
     return [b - a for a, b in zip(before, after, strict=True)]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nuteprune.errors import ConfigError
-from nuteprune.evaluation.margins import mean_margin, read_margins
+from nuteprune.evaluation.margins import mean_over_rows, read_margins
 from nuteprune.evaluation.record import DENSE, FOLDER, PRUNED, Evaluation, run_folder
 
 PAIRED = (
@@ -230,10 +230,9 @@ def _rows(records: list[Evaluation], section: str, left_out: list[str]) -> list[
 
 def paired_difference(first: str | list[float] | None, other: str | list[float] | None) -> Difference | None:
     """Mean over rows of `other` less `first`, and its standard error; both are answers or margins of the same rows."""
-    if first is None or other is None or len(first) != len(other) or len(first) < 2:
+    if first is None or other is None or len(first) != len(other):
         return None
-    differences = [b - a for a, b in zip(map(float, first), map(float, other), strict=True)]
-    return statistics.fmean(differences), statistics.stdev(differences) / math.sqrt(len(differences))
+    return mean_over_rows([b - a for a, b in zip(map(float, first), map(float, other), strict=True)])
 
 
 def _how(record: Evaluation, entry: dict[str, Any]) -> str:
@@ -285,7 +284,7 @@ def _margins(records: list[Evaluation], tasks: list[str]) -> list[Row]:
     found = {task: [read_margins(record.tasks[task].get("margins")) for record in records] for task in tasks}
     each = {task: margins for task, margins in found.items() if None not in margins}
     models = range(len(records))
-    means = [_mean_difference([mean_margin(margins[i]) for margins in each.values()]) for i in models] if each else [None]
+    means = [_mean_difference([mean_over_rows(margins[i]) for margins in each.values()]) for i in models] if each else [None]
     if None in means:
         return []
     values, errors = zip(*(mean for mean in means if mean is not None), strict=True)

@@ -57,8 +57,8 @@ def read_margins(kept: str | None) -> list[float] | None:
     return None if kept is None else [int(value) / UNIT for value in kept.split()]
 
 
-def mean_margin(margins: list[float] | None) -> tuple[float, float] | None:
-    """Mean over rows in bits a byte, and its standard error; None for fewer than two rows."""
-    if margins is None or len(margins) < 2:
+def mean_over_rows(values: list[float] | None) -> tuple[float, float] | None:
+    """Mean of a value a row, and its standard error; None for fewer than two rows."""
+    if values is None or len(values) < 2:
         return None
-    return statistics.fmean(margins), statistics.stdev(margins) / math.sqrt(len(margins))
+    return statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))

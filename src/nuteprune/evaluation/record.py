@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nuteprune.errors import ConfigError, DataError, reason
-from nuteprune.evaluation.margins import mean_margin, read_margins
+from nuteprune.evaluation.margins import mean_over_rows, read_margins
 from nuteprune.files import save_json
 
 FOLDER, DENSE, PRUNED = "eval", "dense.json", "pruned.json"  # in a run folder
@@ -67,7 +67,7 @@ class Evaluation:
             found.append(f"{name}: perplexity {value}{bits} ({entry['protocol']})")
         for name, entry in self.tasks.items():
             error = f" ± {entry['stderr']:.4f}" if entry["stderr"] is not None else ""
-            margin = mean_margin(read_margins(entry.get("margins")))
+            margin = mean_over_rows(read_margins(entry.get("margins")))
             ahead = "" if margin is None else f", margin {margin[0]:+.4f} ± {margin[1]:.4f} bits a byte"
             found.append(f"{name}: {entry['metric']} {entry['value']:.4f}{error}{ahead} ({entry['protocol']})")
         if self.speed:
