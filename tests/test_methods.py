@@ -24,13 +24,13 @@ from nuteprune.cli import _merged
 from nuteprune.discretise import Discretiser
 from nuteprune.errors import ConfigError
 from nuteprune.gates import Deterministic, GateSet
-from nuteprune.importance import flap, magnitude, taylor, unit_scores, wanda
+from nuteprune.importance import flap, magnitude, taylor, taylor_path, unit_scores, wanda
 from nuteprune.masking import MaskedModel
 from nuteprune.masks import Masks, mask_shapes
 from nuteprune.progress import read_metrics
 from nuteprune.recipes import CRITERIA
 from nuteprune.roles import LoraOptions
-from nuteprune.size import BlockSize
+from nuteprune.size import BlockSize, Unit
 
 IDS = torch.randint(2, 96, (3, 12), generator=torch.Generator().manual_seed(1))
 
@@ -104,17 +104,45 @@ def test_wanda_and_flap_are_their_formulas(head_unit: str, each: int) -> None:
         assert torch.allclose(flap(masked, gates, IDS)[kind][1].double(), expected, rtol=1e-3, atol=1e-4)
 
 
+def half_of(scores: Unit, share: float) -> Unit:
+    """The units that scores leave where half of each kind goes in the end."""
+    return {k: (s >= s.flatten().quantile(share / 2)).float() for k, s in scores.items()}
+
+
 def test_scores_are_those_of_the_intact_model_and_leave_it_so() -> None:
     masked, gates = made("llama", ("heads", "intermediate"))
     before = masked.logits(IDS)
     for criterion in CRITERIA:
-        first = unit_scores(criterion, masked, gates, IDS)
+        first = unit_scores(criterion, masked, gates, IDS, cut=half_of)
         masked.set_masks(gates.expand({k: torch.zeros(a.shape) for k, a in gates.log_alpha.items()}))
-        again = unit_scores(criterion, masked, gates, IDS)
+        again = unit_scores(criterion, masked, gates, IDS, cut=half_of)
         assert all(torch.equal(first[k], again[k]) for k in first)
         assert torch.equal(masked.logits(IDS), before)
-    orders = [unit_scores(c, masked, gates, IDS)["intermediate"].flatten().argsort().tolist() for c in CRITERIA]
-    assert len({tuple(order) for order in orders}) == 4  # they are not one criterion under four names
+    scores = [unit_scores(c, masked, gates, IDS, cut=half_of) for c in CRITERIA]
+    orders = [found["intermediate"].flatten().argsort().tolist() for found in scores]
+    assert len({tuple(order) for order in orders}) == len(CRITERIA)  # they are not one criterion under several names
+
+
+def test_importance_on_the_path_is_that_of_the_cuts_on_the_way() -> None:
+    """With one text throughout: the mean of Taylor importance at the intact model and at each cut, other ones by seed."""
+    masked, gates = made("llama", ("heads", "intermediate"))
+    text = IDS[:1].expand(4, -1)
+    cuts: list[tuple[float, Unit]] = []
+
+    def cut(scores: Unit, share: float) -> Unit:
+        cuts.append((share, half_of(scores, share)))
+        return cuts[-1][1]
+
+    found = taylor_path(masked, gates, text, cut, seed=5)
+    assert [share for share, _ in cuts] == [0.25, 0.5, 0.75]
+    gone = [sum(int((k == 0).sum()) for k in there.values()) for _, there in cuts]
+    assert 0 < gone[0] < gone[1] < gone[2]
+    each = [taylor(masked, gates, text[:1], there=there) for there in (None, *(there for _, there in cuts))]
+    for kind, value in found.items():
+        assert torch.allclose(value, sum(e[kind] for e in each) / 4, rtol=1e-5)  # type: ignore[arg-type]
+        assert (value[cuts[0][1][kind] == 0] > 0).all()  # units that are cut are asked all the same
+    other = taylor_path(masked, gates, text, cut, seed=6)
+    assert any(not torch.equal(found[k], other[k]) for k in found)
 
 
 @pytest.mark.parametrize("method", CRITERIA)
@@ -332,7 +360,7 @@ def test_gates_can_start_from_every_criterion(small_run: PruneConfig, tmp_path: 
         ({"head_bias": 9.0}, "--head-bias got 9.0; allowed is a number from -5 to 5"),
         ({"passes": 2}, "--passes got 2 with --method nuteprune; allowed is 1, or one of taylor, wanda, flap"),
         ({"method": "magnitude", "passes": 2}, "--passes got 2 with --method magnitude"),
-        ({"method": "sparsegpt"}, "--method got 'sparsegpt'; allowed are nuteprune, taylor, magnitude, wanda, flap"),
+        ({"method": "sparsegpt"}, "--method got 'sparsegpt'; allowed are nuteprune, taylor-path, taylor, "),
         ({"steps": 0}, "--steps got 0; allowed is at least 2"),
         ({"method": "flap", "steps": 1}, "--steps got 1; allowed is 0, or at least 2"),
         ({"method": "flap", "tokens": 5}, "--tokens got 5; allowed is 0, or at least two steps' worth"),

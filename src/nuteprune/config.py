@@ -46,7 +46,7 @@ class PruneConfig:
     # Model and data
     method: str = option(
         "nuteprune",
-        "nuteprune: gates learn which units to keep while sparsity grows; taylor, magnitude, wanda or flap: a baseline that "
+        "nuteprune: gates learn which units to keep while sparsity grows; the others, see --gate-init: a baseline that "
         "cuts once, before training, by that importance, after which LoRA recovers over all --tokens (0: no training).",
         "what this library is for",
         "Model and data",
@@ -191,8 +191,8 @@ class PruneConfig:
     )
     gate_init: str = option(
         "taylor",
-        "What gates start at: the importance of their units by taylor (first order), magnitude, wanda or flap; open: all "
-        "start open.",
+        "What gates start at: the importance of their units by taylor (first order), taylor-path (the same, measured on the "
+        "way from the intact model to the cut), magnitude, wanda or flap; open: all start open.",
         STARTED,
         "Gates",
         (*CRITERIA, "open"),

@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from nuteprune.balance import favoured, measured_bias
-from nuteprune.importance import unit_scores
+from nuteprune.importance import Cut, unit_scores
 from nuteprune.size import Unit
 
 if TYPE_CHECKING:
     from nuteprune.trainer import Trainer
 
 OUTLIER = 5.0  # standard deviations of importance above which gates start alike
+PATH_BIAS = 0.75  # of cuts on the way, whose balance is not known yet; the middle of those measured
 IMPORTANCE, BALANCE = "importance of units", "balance of heads and channels"  # shown
 
 
@@ -22,7 +23,9 @@ def start_gates(trainer: Trainer) -> None:
     for number in range(1, config.passes + 1):  # each on what the one before it left
         sparsity = config.sparsity * number / config.passes
         with trainer.counter(IMPORTANCE) as progress:
-            scores = unit_scores(config.gate_init, trainer.masked, trainer.gates, text, progress, kept)
+            scores = unit_scores(
+                config.gate_init, trainer.masked, trainer.gates, text, progress, kept, partly(trainer), config.seed
+            )
         if config.balanced:
             trainer.state.head_bias = head_bias(trainer, scores, sparsity)
             scores = favoured(scores, trainer.state.head_bias)
@@ -31,6 +34,17 @@ def start_gates(trainer: Trainer) -> None:
         trainer.gates.start_from(scores)
         if number < config.passes:
             kept = trainer.gates.units(trainer.hard_masks(scores, sparsity))
+
+
+def partly(trainer: Trainer) -> Cut:
+    """The units that scores leave of a share of the asked sparsity, favoured as asked or by `PATH_BIAS`."""
+    config = trainer.config
+    bias = config.head_bias if config.head_bias is not None else PATH_BIAS if config.balanced else 0.0
+
+    def cut(scores: Unit, share: float) -> Unit:
+        return trainer.gates.units(trainer.hard_masks(favoured(scores, bias), config.sparsity * share))
+
+    return cut
 
 
 def head_bias(trainer: Trainer, scores: Unit, sparsity: float) -> float:

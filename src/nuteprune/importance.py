@@ -1,7 +1,7 @@
 """Importance of units: what the gates start from, and what the one-shot methods prune by.
 
-Four criteria of the literature, each measured on the intact model, and the one way in which their figures become scores
-that units of different kinds and layers can be compared by.
+Four criteria of the literature, each measured on the intact model, one that is measured on the way to the cut, and the one
+way in which their figures become scores that units of different kinds and layers can be compared by.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from nuteprune.masking import MaskedModel
 from nuteprune.size import Unit
 
 Progress = Callable[[int, int], None]
+Cut = Callable[[Unit, float], Unit]  # the units, 1 and 0, that scores leave of a share of the cut, 0 to 1
+PATH_NOISE = 0.5  # standard deviations of scores by which cuts on the path differ: without, one bad guess stays for all
 GONE = 10.0  # by how much units that are gone score below all others
 READERS = {"heads": Axis.QUERY, "intermediate": Axis.INTERMEDIATE}  # the axis that the units of a kind lie along
 
@@ -31,22 +33,33 @@ def unit_scores(
     sequences: Tensor,
     progress: Progress | None = None,
     kept: Unit | None = None,
+    cut: Cut | None = None,
+    seed: int = 0,
 ) -> Unit:
     """Scores of units by a criterion, comparable across layers and, but for their balance (`balance`), across kinds.
 
     The higher, the more a unit is worth.
 
     Args:
-        criterion: taylor, magnitude, wanda or flap.
+        criterion: taylor-path, taylor, magnitude, wanda or flap.
         masked: the model, LoRA weights at their start; its masks are cleared afterwards.
         gates: says which units there are; their values are not read.
         sequences: token ids, int64 [sequences, tokens]; magnitude does not read them.
         progress: called with sequences done and their number.
         kept: 1 for units that are still there and 0 for others, which are masked and get the lowest scores; all without it.
+        cut: for taylor-path, which needs it, and no other: what scores leave.
+        seed: of its noise.
 
     Returns:
         Scores by pruned kind, shapes of `gates.log_alpha`, float32, on the CPU.
+
+    Raises:
+        ValueError: taylor-path was given no cut, or units that are there.
     """
+    if criterion == "taylor-path":
+        if cut is None or kept is not None:
+            raise ValueError("taylor-path needs a cut, and finds for itself which units to mask")
+        return standardised(taylor_path(masked, gates, sequences, cut, seed, progress))
     there = {k: torch.ones(a.shape) for k, a in gates.log_alpha.items()} if kept is None else kept
     if criterion == "flap":
         scores = flap(masked, gates, sequences, progress, there)
@@ -102,23 +115,68 @@ def taylor(
     Returns:
         Importance by pruned kind, shapes of `gates.log_alpha`, float32, on the CPU.
     """
+    at = {kind: torch.ones(a.shape) for kind, a in gates.log_alpha.items()} if there is None else there
     total: Unit = {kind: torch.zeros(a.shape) for kind, a in gates.log_alpha.items()}
     for index, row in enumerate(sequences):
-        leaves = {
-            kind: torch.ones_like(a) if there is None else there[kind].to(a.device) for kind, a in gates.log_alpha.items()
-        }
-        leaves = {kind: leaf.clone().requires_grad_() for kind, leaf in leaves.items()}
-        masked.set_masks(gates.expand(leaves))
-        ids = row.unsqueeze(0).to(masked.device)
-        loss = head_loss(
-            masked.forward(ids), None, ids, masked.head.weight, masked.head.bias, softcap=masked.arch.softcap, lm_weight=1.0
-        )
-        for kind, gradient in zip(leaves, torch.autograd.grad(loss.total, list(leaves.values())), strict=True):
-            total[kind] += gradient.abs().float().cpu()
+        _add_derivatives(total, masked, gates, row, at)
         if progress is not None:
             progress(index + 1, len(sequences))
     masked.set_masks(None)
     return {kind: value / len(sequences) for kind, value in total.items()}
+
+
+def taylor_path(
+    masked: MaskedModel,
+    gates: GateSet,
+    sequences: Tensor,
+    cut: Cut,
+    seed: int,
+    progress: Progress | None = None,
+) -> Unit:
+    """Mean over sequences of |d loss / d mask|, each at a cut of its own between the intact model and the asked size.
+
+    What a unit is worth in the intact model says little of its worth where half of the others are gone. So the cut goes on
+    from sequence to sequence, by what those before said, and every unit's derivative is taken there, also that of units that
+    are cut: it says what bringing them back would change. Scores that cut are moved by noise, so that a unit is seen among
+    many others; integrated gradients (arXiv 1703.01365) walk a straight line between two inputs in the like way.
+    Figures: docs/experiments.md, importance on the way to the cut.
+
+    Args:
+        masked: the model; its masks are cleared afterwards.
+        gates: says which units there are.
+        sequences: token ids, int64 [sequences, tokens]; the loss is the next token's cross entropy. Read in a drawn order.
+        cut: the units that standardised scores leave of a share of the asked cut.
+        seed: of the order and the noise.
+        progress: called with sequences done and their number.
+
+    Returns:
+        Importance by pruned kind, shapes of `gates.log_alpha`, float32, on the CPU.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(sequences), generator=generator).tolist()
+    total: Unit = {kind: torch.zeros(a.shape) for kind, a in gates.log_alpha.items()}
+    there: Unit = {kind: torch.ones(a.shape) for kind, a in gates.log_alpha.items()}
+    for done, place in enumerate(order):
+        if done:
+            noisy = {k: s + PATH_NOISE * torch.randn(s.shape, generator=generator) for k, s in standardised(total).items()}
+            there = cut(noisy, done / len(order))
+        _add_derivatives(total, masked, gates, sequences[place], there)
+        if progress is not None:
+            progress(done + 1, len(order))
+    masked.set_masks(None)
+    return {kind: value / len(order) for kind, value in total.items()}
+
+
+def _add_derivatives(total: Unit, masked: MaskedModel, gates: GateSet, row: Tensor, at: Unit) -> None:
+    """Adds a sequence's |d loss / d mask| at mask values, by unit; leaves the masks set."""
+    leaves = {kind: at[kind].to(a.device, a.dtype).clone().requires_grad_() for kind, a in gates.log_alpha.items()}
+    masked.set_masks(gates.expand(leaves))
+    ids = row.unsqueeze(0).to(masked.device)
+    loss = head_loss(
+        masked.forward(ids), None, ids, masked.head.weight, masked.head.bias, softcap=masked.arch.softcap, lm_weight=1.0
+    )
+    for kind, gradient in zip(leaves, torch.autograd.grad(loss.total, list(leaves.values())), strict=True):
+        total[kind] += gradient.abs().float().cpu()
 
 
 def magnitude(masked: MaskedModel, gates: GateSet) -> Unit:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from nuteprune.errors import ConfigError
 from nuteprune.option_values import flag, parse_shape
-from nuteprune.recipes import CRITERIA, RECIPES
+from nuteprune.recipes import PASSED, RECIPES
 
 if TYPE_CHECKING:
     from nuteprune.config import PruneConfig
@@ -91,10 +91,10 @@ def _check_criteria(options: PruneConfig) -> None:
             f"{flag(where)} got {bad[0]} with {flag(owner)} {options.gate_init}, which scores heads and intermediate; prune "
             "those, or give taylor or magnitude."
         )
-    if options.passes > 1 and (not options.one_shot or options.method == "magnitude"):
+    if options.passes > 1 and options.method not in PASSED:
         raise ConfigError(
             f"--passes got {options.passes} with --method {options.method}; allowed is 1, or one of "
-            f"{', '.join(c for c in CRITERIA if c != 'magnitude')}, whose importance changes with what is cut."
+            f"{', '.join(PASSED)}, whose importance changes with what is cut and is measured before."
         )
     if options.one_shot and options.gate_init != options.method:
         raise ConfigError(f"--gate-init got {options.gate_init!r}; with --method {options.method} allowed is {options.method}.")

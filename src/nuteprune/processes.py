@@ -22,6 +22,7 @@ from nuteprune.config import PruneConfig
 from nuteprune.errors import ConfigError, NutePruneError
 from nuteprune.launcher import asked, launched
 from nuteprune.option_values import flag
+from nuteprune.recipes import DERIVATIVES
 
 PATIENCE = timedelta(hours=12)  # for processes that wait while the main one samples text or exports
 
@@ -206,8 +207,8 @@ class Processes:
             if asked := [name for name, wanted in whole.items() if wanted]:
                 way = "give --no-repair" if asked[0] == "repair" else "leave it out"
                 raise ConfigError(f"{flag(asked[0])} needs whole weights in each process; {way}, or launch without FSDP.")
-            if config.gate_init not in ("open", "taylor"):
+            if config.gate_init not in (allowed := ("open", *DERIVATIVES)):
                 owner = flag("method" if config.one_shot else "gate_init")
                 raise ConfigError(
-                    f"{owner} got {config.gate_init!r}, which reads whole weights; allowed with FSDP are open, taylor."
+                    f"{owner} got {config.gate_init!r}, which reads whole weights; allowed with FSDP are {', '.join(allowed)}."
                 )

@@ -9,6 +9,7 @@ from nuteprune.balance import TRIES
 from nuteprune.config import PruneConfig
 from nuteprune.errors import ConfigError
 from nuteprune.estimation.costs import StepCost, Work
+from nuteprune.recipes import DERIVATIVES
 
 PRODUCTS = 0.6  # share of the peak of matrix products that a run is taken to reach
 BANDWIDTH = 0.8  # share of the memory bandwidth
@@ -109,7 +110,7 @@ def on_gpu(gpu: Gpu, cost: StepCost, config: PruneConfig) -> GpuEstimate:
     """
     step = seconds(gpu, cost.work)
     forward = cost.student + cost.heads
-    measured = forward + cost.backward if config.gate_init == "taylor" else cost.student
+    measured = forward + cost.backward if config.gate_init in DERIVATIVES else cost.student
 
     def each(work: Work) -> float:  # a sequence alone
         return max(seconds(gpu, work, launch=0.0) / config.batch_size, LAUNCH * len(work.operations))
