@@ -165,9 +165,13 @@ def test_rows_that_choose_are_not_those_that_are_reported(modules: dict[str, Mod
 def test_options_of_learned_runs_are_not_those_of_one_shot_ones(modules: dict[str, ModuleType], tmp_path: Path) -> None:
     runs = {"dense": {}, "a": {}, "own": {"gate_width": [0.3, 0.1]}, "taylor": {"method": "taylor"}}
     group = {"learned": {"gate_width": [0.5, 0.05]}, "evaluate": {"ppl": []}, "runs": runs}
-    (tmp_path / "list.yaml").write_text(yaml.safe_dump({"options": {"seq_len": 16}, "groups": {"g": group}}))
-    found = {e.name: e.options.get("gate_width") for e in modules["experiments"].read(tmp_path / "list.yaml")}
-    assert found == {"dense": None, "a": [0.5, 0.05], "own": [0.3, 0.1], "taylor": None}
+    content = {"options": {"seq_len": 16}, "learned": {"gate_width": [0.1, 0.1], "gate_init": "taylor"}, "groups": {"g": group}}
+    (tmp_path / "list.yaml").write_text(yaml.safe_dump(content))
+    found = {e.name: e.options for e in modules["experiments"].read(tmp_path / "list.yaml")}
+    assert {name: o.get("gate_width") for name, o in found.items()} == {
+        "dense": None, "a": [0.5, 0.05], "own": [0.3, 0.1], "taylor": None
+    }  # fmt: skip
+    assert {name for name, o in found.items() if o.get("gate_init") == "taylor"} == {"a", "own"}
 
 
 def test_a_text_in_the_manner_of_penn_treebank(modules: dict[str, ModuleType], tmp_path: Path) -> None:

@@ -52,8 +52,8 @@ def read(path: Path = LIST, only: str = "*") -> list[Experiment]:
     """The experiments of a list, in the order of the patterns and then of the list.
 
     Args:
-        path: YAML: `options` for all; `groups` with `options`, `learned` (options of runs without a one-shot method),
-            `evaluate`, `seeds` and `runs`, a mapping of names to options (and `seeds`).
+        path: YAML: `options` for all, `learned` for all without a one-shot method; `groups` with `options`, `learned`,
+            `evaluate`, `seeds` and `runs`, a mapping of names to options (and `seeds`). What is nearer to a run goes before.
         only: a pattern for their keys, with the seed or without, such as "ablation/*"; several, separated by commas.
 
     Raises:
@@ -73,7 +73,7 @@ def read(path: Path = LIST, only: str = "*") -> list[Experiment]:
                 raise SystemExit(f"{path}: {group}/{name} is not a name of small letters, digits, points and dashes")
             options = listed["options"] | content.get("options", {}) | own
             if "method" not in options:
-                options = options | content.get("learned", {}) | own
+                options = listed.get("learned", {}) | options | content.get("learned", {}) | own
             if name == "dense":
                 options = {}
             for seed in seeds:
