@@ -190,7 +190,7 @@ class PruneConfig:
         ("hard-concrete", "deterministic"),
     )
     gate_init: str = option(
-        "taylor-path",
+        "taylor",
         "What gates start at: the importance of their units by taylor (first order), taylor-path (the same, measured on the "
         "way from the intact model to the cut), magnitude, wanda or flap; open: all start open.",
         STARTED,

@@ -22,6 +22,7 @@ from nuteprune.size import Unit
 Progress = Callable[[int, int], None]
 Cut = Callable[[Unit, float], Unit]  # the units, 1 and 0, that scores leave of a share of the cut, 0 to 1
 PATH_NOISE = 0.5  # standard deviations of scores by which cuts on the path differ: without, one bad guess stays for all
+TINY = 1e-30
 GONE = 10.0  # by how much units that are gone score below all others
 READERS = {"heads": Axis.QUERY, "intermediate": Axis.INTERMEDIATE}  # the axis that the units of a kind lie along
 
@@ -118,7 +119,8 @@ def taylor(
     at = {kind: torch.ones(a.shape) for kind, a in gates.log_alpha.items()} if there is None else there
     total: Unit = {kind: torch.zeros(a.shape) for kind, a in gates.log_alpha.items()}
     for index, row in enumerate(sequences):
-        _add_derivatives(total, masked, gates, row, at)
+        for kind, size in _derivatives(masked, gates, row, at).items():
+            total[kind] += size
         if progress is not None:
             progress(index + 1, len(sequences))
     masked.set_masks(None)
@@ -133,12 +135,13 @@ def taylor_path(
     seed: int,
     progress: Progress | None = None,
 ) -> Unit:
-    """Mean over sequences of |d loss / d mask|, each at a cut of its own between the intact model and the asked size.
+    """Mean over sequences of relative |d loss / d mask|, each at a cut of its own between the intact model and the asked size.
 
     What a unit is worth in the intact model says little of its worth where half of the others are gone. So the cut goes on
     from sequence to sequence, by what those before said, and every unit's derivative is taken there, also that of units that
-    are cut: it says what bringing them back would change. Scores that cut are moved by noise, so that a unit is seen among
-    many others; integrated gradients (arXiv 1703.01365) walk a straight line between two inputs in the like way.
+    are cut: it says what bringing them back would change. It is relative to the mean of its kind, because derivatives grow
+    as the model breaks, and the deepest cuts would decide alone. Scores that cut are moved by noise, so that a unit is seen
+    among many others. Integrated gradients (arXiv 1703.01365) walk a straight line between two inputs in the like way.
     Figures: docs/experiments.md, importance on the way to the cut.
 
     Args:
@@ -160,23 +163,24 @@ def taylor_path(
         if done:
             noisy = {k: s + PATH_NOISE * torch.randn(s.shape, generator=generator) for k, s in standardised(total).items()}
             there = cut(noisy, done / len(order))
-        _add_derivatives(total, masked, gates, sequences[place], there)
+        for kind, size in _derivatives(masked, gates, sequences[place], there).items():
+            total[kind] += size / size.mean().clamp_min(TINY)
         if progress is not None:
             progress(done + 1, len(order))
     masked.set_masks(None)
     return {kind: value / len(order) for kind, value in total.items()}
 
 
-def _add_derivatives(total: Unit, masked: MaskedModel, gates: GateSet, row: Tensor, at: Unit) -> None:
-    """Adds a sequence's |d loss / d mask| at mask values, by unit; leaves the masks set."""
+def _derivatives(masked: MaskedModel, gates: GateSet, row: Tensor, at: Unit) -> Unit:
+    """A sequence's |d loss / d mask| at mask values, by unit, float32, on the CPU; leaves the masks set."""
     leaves = {kind: at[kind].to(a.device, a.dtype).clone().requires_grad_() for kind, a in gates.log_alpha.items()}
     masked.set_masks(gates.expand(leaves))
     ids = row.unsqueeze(0).to(masked.device)
     loss = head_loss(
         masked.forward(ids), None, ids, masked.head.weight, masked.head.bias, softcap=masked.arch.softcap, lm_weight=1.0
     )
-    for kind, gradient in zip(leaves, torch.autograd.grad(loss.total, list(leaves.values())), strict=True):
-        total[kind] += gradient.abs().float().cpu()
+    found = torch.autograd.grad(loss.total, list(leaves.values()))
+    return {kind: gradient.abs().float().cpu() for kind, gradient in zip(leaves, found, strict=True)}
 
 
 def magnitude(masked: MaskedModel, gates: GateSet) -> Unit:
