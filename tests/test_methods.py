@@ -360,7 +360,10 @@ def test_gates_can_start_from_every_criterion(small_run: PruneConfig, tmp_path: 
         ({"head_bias": 9.0}, "--head-bias got 9.0; allowed is a number from -5 to 5"),
         ({"passes": 2}, "--passes got 2 with --method nuteprune; allowed is 1, or one of taylor, wanda, flap"),
         ({"method": "magnitude", "passes": 2}, "--passes got 2 with --method magnitude"),
-        ({"method": "sparsegpt"}, "--method got 'sparsegpt'; allowed are nuteprune, taylor-path, taylor, "),
+        (
+            {"method": "sparsegpt"},
+            "--method got 'sparsegpt'; allowed are nuteprune, taylor-path, taylor, magnitude, wanda, flap",
+        ),
         ({"steps": 0}, "--steps got 0; allowed is at least 2"),
         ({"method": "flap", "steps": 1}, "--steps got 1; allowed is 0, or at least 2"),
         ({"method": "flap", "tokens": 5}, "--tokens got 5; allowed is 0, or at least two steps' worth"),

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from nuteprune.trainer import Trainer
 
 OUTLIER = 5.0  # standard deviations of importance above which gates start alike
-PATH_BIAS = 0.75  # of cuts on the way, whose balance is not known yet; the middle of those measured
+PATH_BIAS = 0.75  # of cuts on the way, whose balance is not known yet; most of those measured are 0.5 to 1
 IMPORTANCE, BALANCE = "importance of units", "balance of heads and channels"  # shown
 
 
@@ -39,7 +39,7 @@ def start_gates(trainer: Trainer) -> None:
 def partly(trainer: Trainer) -> Cut:
     """The units that scores leave of a share of the asked sparsity, favoured as asked or by `PATH_BIAS`."""
     config = trainer.config
-    bias = config.head_bias if config.head_bias is not None else PATH_BIAS if config.balanced else 0.0
+    bias = PATH_BIAS if config.head_bias is None else config.head_bias  # nothing to kinds that need no balance
 
     def cut(scores: Unit, share: float) -> Unit:
         return trainer.gates.units(trainer.hard_masks(favoured(scores, bias), config.sparsity * share))

@@ -252,7 +252,7 @@ def flap(
             each = torch.ones(gates.log_alpha[kind][layer].shape) if there is None else there[kind][layer]
             among = value[each.flatten().repeat_interleave(value.numel() // each.numel()) != 0]
             if len(among) > 1:
-                found[layer] = (value - among.mean()) / among.std().clamp_min(1e-30)
+                found[layer] = (value - among.mean()) / among.std().clamp_min(TINY)
         scores[kind] = _by_unit(gates, kind, found).mean(-1)
     return scores
 

@@ -89,7 +89,7 @@ def _check_criteria(options: PruneConfig) -> None:
     if options.gate_init in ("wanda", "flap") and (bad := [k for k in units if k not in ("heads", "intermediate")]):
         raise ConfigError(
             f"{flag(where)} got {bad[0]} with {flag(owner)} {options.gate_init}, which scores heads and intermediate; prune "
-            "those, or give taylor or magnitude."
+            "those, or give taylor-path, taylor or magnitude."
         )
     if options.passes > 1 and options.method not in PASSED:
         raise ConfigError(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-CRITERIA = ("taylor-path", "taylor", "magnitude", "wanda", "flap")  # of importance (`importance.py`)
-DERIVATIVES = ("taylor-path", "taylor")  # those that a backward pass measures
+DERIVATIVES = ("taylor-path", "taylor")  # criteria that a backward pass measures
+CRITERIA = (*DERIVATIVES, "magnitude", "wanda", "flap")  # of importance (`importance.py`)
 PASSED = ("taylor", "wanda", "flap")  # those that say something else of a model that is cut, and do not look there anyway
 CHANNELS = ("intermediate", "hidden")  # the kinds that heads and whole blocks are weighed against (`balance.py`)
 SHAPE_DECIDES = ("sparsity", "prune", "uniform")  # options that a target shape decides
