@@ -190,10 +190,10 @@ class PruneConfig:
         ("hard-concrete", "deterministic"),
     )
     gate_init: str = option(
-        "taylor",
-        "What gates start at: the importance of their units by taylor (first order), taylor-path (the same, measured on the "
-        "way from the intact model to the cut), magnitude, wanda or flap; open: all start open.",
-        STARTED,
+        "taylor-path",
+        "What gates start at: the importance of their units by taylor-path (first order, measured on the way from the intact "
+        "model to the cut), taylor (the same of the intact model), magnitude, wanda or flap; open: all start open.",
+        "docs/experiments.md, importance on the way to the cut",
         "Gates",
         (*CRITERIA, "open"),
     )

@@ -131,7 +131,8 @@ def assumptions() -> str:
     return (
         f"assumed: {100 * PRODUCTS:.0f} % of the peak of bfloat16 products, {100 * BANDWIDTH:.0f} % of the bandwidth, "
         f"{LAUNCH * 1e6:.0f} us an operation, {CONTEXT / 1e9:.1f} GB of CUDA context, {100 * (SLACK - 1):.0f} % held by the "
-        "allocator; all steps at full width and none as a CUDA graph (those of recovery are cheaper); gates, optimisers, "
+        "allocator; all steps at full width and none as a CUDA graph (those of recovery are cheaper); gates, the cuts of "
+        "--gate-init taylor-path, optimisers, "
         "hidden-state terms, snapshots, "
         "checkpoints, loading, repair, reading the codes of --load-in, export and evaluation are not in the time, sampling "
         "for --data self neither in the time nor in the memory"
