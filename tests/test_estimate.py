@@ -336,7 +336,8 @@ def test_llama_7b_without_weights(call: Any, tmp_path: Path, layers: int, total:
         vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=layers, num_attention_heads=32,
         num_key_value_heads=32, head_dim=128, max_position_embeddings=4096, tie_word_embeddings=False,
     ).save_pretrained(folder)  # fmt: skip
-    arguments = (str(folder), "--batch-size", "8", "--seq-len", "512", "--gradient-checkpointing")
+    # The repair of the whole model takes more than the smaller GPU has (docs/scale.md).
+    arguments = (str(folder), "--batch-size", "8", "--seq-len", "512", "--gradient-checkpointing", "--no-repair")
     code, out, err = call("estimate", *arguments, "--no-measure", "--gpu", "all", "--json", str(tmp_path / "e.json"))
     assert code == 0, err
     assert "computed, not measured" in out

@@ -326,7 +326,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> type[_Played]:
         ({"teachers": "none"}, 8),
         ({"hidden_loss": "plain", "walk_back": False}, 8),
         ({}, 1),  # teachers walk back to the intact model, which the last step reaches
-        ({"method": "taylor", "walk_back": False, "teachers": "intact", "repair": True}, 24),
+        ({"method": "taylor", "gate_init": "taylor", "walk_back": False, "teachers": "intact", "repair": True}, 24),
     ],
     ids=["default", "no-teacher", "hidden-loss", "walk-back", "one-shot"],
 )
